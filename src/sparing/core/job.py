@@ -1,0 +1,119 @@
+"""What travels through a pipeline: a job, and the training plan it carries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparing.core.errors import IncompatibleStep, InvalidValue, did_you_mean
+from sparing.core.ledger import Figure, Notes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparing.core.predictor import Predictor
+    from sparing.core.store import BoundStore
+    from sparing.core.task import Task
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How the next training is to be done, as factories and never live objects, so that branches and seeds share nothing.
+
+    Order in which a training uses them: ``model_wraps`` (in order, undone in reverse before the model is handed on) →
+    ``optimizer`` → ``wrap_optimizer`` (first is innermost) → ``scheduler`` on the outermost → in each step
+    ``batch_transforms`` → outputs → the task's loss → ``loss_terms`` in order.
+    """
+
+    optimizer: Callable[[nn.Module], Any] | None = None
+    """model → optimizer. Exclusive slot. None: the training step's own choice by name."""
+    wrap_optimizer: tuple[Callable[[Any], Any], ...] = ()
+    """optimizer → optimizer."""
+    scheduler: Callable[[Any, int], Any] | None = None
+    """(optimizer, total optimizer steps) → learning-rate scheduler, stepped after every optimizer step. Exclusive."""
+    batch_sampler: Callable[[Any, int, int], Any] | None = None
+    """(dataset, batch size, seed) → :class:`sparing.core.training.Batches`. Exclusive."""
+    batch_transforms: tuple[Callable[[], Callable[[Any], Any]], ...] = ()
+    """() → (batch → batch); may draw from torch's global generator, which is seeded for each step."""
+    loss_terms: tuple[Callable[[], Callable[[Any, Any, Any, Any], Any]], ...] = ()
+    """() → ((loss so far, outputs, batch, model) → loss)."""
+    model_wraps: tuple[Callable[[nn.Module], tuple[nn.Module, Callable[[], nn.Module]]], ...] = ()
+    """model → (wrapped model, undo), where ``undo()`` returns the plain model with what was learned baked in."""
+    callbacks: tuple[Callable[[], Any], ...] = ()
+    """() → Lightning callback."""
+
+    EXCLUSIVE = ("optimizer", "scheduler", "batch_sampler")
+
+    def adding(self, **more: Any) -> TrainingPlan:
+        """A plan with ``more`` in it: single factories go to the end of their list; a taken exclusive slot is refused."""
+        changes: dict[str, Any] = {}
+        for slot, factory in more.items():
+            if slot in self.EXCLUSIVE:
+                if getattr(self, slot) is not None:
+                    raise IncompatibleStep(f"the training plan's {slot} is already set by an earlier step")
+                changes[slot] = factory
+            else:
+                changes[slot] = (*getattr(self, slot), factory)
+        return replace(self, **changes)
+
+    @property
+    def empty(self) -> bool:
+        """True when no step has asked for anything."""
+        return self == TrainingPlan()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task, the data and the model as they stand between two steps. Immutable; ``model`` is never mutated."""
+
+    task: Task
+    train: Any
+    val: Any
+    calibration: Any
+    model: nn.Module
+    seed: int
+    store: BoundStore
+    root: Path | None = None
+    """The data folder, for ``job.task.splits(job.root)``."""
+    training: TrainingPlan = field(default_factory=TrainingPlan)
+    predictor: Predictor | None = None
+    capabilities: frozenset[str] = frozenset()
+    """The task's, plus what steps so far have given and not removed."""
+    earlier: Mapping[str, Predictor] = field(default_factory=dict)
+    """Predictors of the rows above, by row id."""
+    notes: Notes = field(default_factory=Notes)
+    """Collects what :meth:`record` is told for this step's row."""
+
+    def fresh_model(self) -> nn.Module:
+        """A copy of the model to train or cut."""
+        return copy.deepcopy(self.model)
+
+    def replace(self, **changes: Any) -> Job:
+        """A job with some fields changed."""
+        return replace(self, **changes)
+
+    def fork(self, reason: str, **changes: Any) -> Job:
+        """A child for an inner pipeline: its own store key, and rows that go to a sub-ledger called ``reason``."""
+        return replace(self, store=self.store.child(f"fork:{reason}"), notes=self.notes.child(reason), **changes)
+
+    def record(
+        self,
+        name: str,
+        value: float | str | None,
+        unit: str,
+        how: Literal["measured", "est", "derived"] = "measured",
+        better: Literal["lower", "higher", ""] = "lower",
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        """Add a figure to this step's row of the ledger."""
+        self.notes.figures[name] = Figure(value, unit, how, better, interval)
+
+    def row(self, row_id: str) -> Predictor:
+        """The predictor of an earlier row; raises :class:`InvalidValue` naming the rows there are."""
+        if row_id not in self.earlier:
+            rows = ", ".join(self.earlier) or "none yet"
+            raise InvalidValue(f"no earlier row {row_id!r}.{did_you_mean(row_id, self.earlier)} Rows so far: {rows}")
+        return self.earlier[row_id]

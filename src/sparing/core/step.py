@@ -1,0 +1,118 @@
+"""One economy: a validated, frozen set of hyper-parameters that turns a job into the job it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from sparing.core.errors import InvalidValue, did_you_mean
+
+if TYPE_CHECKING:
+    from sparing.core.job import Job
+
+
+class Stage(StrEnum):
+    """Where in a pipeline a step belongs."""
+
+    DATA = "data"
+    TRAINING = "training"
+    MODEL = "model"
+    INFERENCE = "inference"
+    FLEET = "fleet"
+    AUDIT = "audit"
+
+
+RowId = Annotated[str, Field(min_length=1, json_schema_extra={"row_id": True})]
+"""The type of a step field that names an earlier row of the recipe; planning checks that the row exists."""
+
+_CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, validate_default=True)
+StepType = TypeVar("StepType", bound="type[Step]")
+
+
+@pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Step:
+    """Base of all steps. Subclasses declare their fields, the class variables below, and :meth:`apply`."""
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[Stage]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities the job must have when the step runs."""
+    gives: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities the job has afterwards."""
+    removes: ClassVar[frozenset[str]] = frozenset()
+    """Capabilities the job no longer has afterwards."""
+    promises: ClassVar[frozenset[str]] = frozenset()
+    """What a later step must realise (e.g. "sparsity"); a recipe that leaves a promise open is refused."""
+    realises: ClassVar[frozenset[str]] = frozenset()
+    """Promises of earlier steps that this step makes real."""
+    slots: ClassVar[frozenset[str]] = frozenset()
+    """Exclusive slots of the training plan this step fills; two steps before one training may not fill the same."""
+    source: ClassVar[str] = ""
+    """Paper, section and equation the step implements, or "ours"."""
+
+    id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)
+    """Unique in a recipe; the step's name by default."""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", self.name)
+
+    def apply(self, job: Job) -> Job:
+        """The job this one becomes. Pure in ``job``; anything expensive goes through ``job.store``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define apply")
+
+    def nested(self) -> Mapping[str, Step]:
+        """The steps held in this step's fields, by field name (with an index for lists)."""
+        found: dict[str, Step] = {}
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            if isinstance(value, Step):
+                found[field_.name] = value
+            elif isinstance(value, tuple | list):
+                found |= {f"{field_.name}[{i}]": item for i, item in enumerate(value) if isinstance(item, Step)}
+        return found
+
+
+def step(name: str) -> Callable[[StepType], StepType]:
+    """Class decorator: make ``cls`` a frozen, keyword-only, validated step called ``name``.
+
+    Fields are checked by pydantic when the step is built; an invalid one raises :class:`InvalidValue` that names the
+    field, the value and the allowed range.
+    """
+
+    def decorate(cls: StepType) -> StepType:
+        cls.name = name
+        made = pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)
+        validated_init = made.__init__
+
+        def __init__(self: Step, **values: Any) -> None:  # noqa: N807
+            try:
+                validated_init(self, **values)
+            except ValidationError as error:
+                raise InvalidValue("\n".join(field_problems(type(self), error))) from None
+
+        __init__.__doc__ = validated_init.__doc__
+        made.__init__ = __init__  # type: ignore[method-assign]
+        return made  # type: ignore[return-value]
+
+    return decorate
+
+
+def field_problems(cls: type[Step], error: ValidationError) -> list[str]:
+    """One line for each field that pydantic refused, with did-you-mean for unknown fields."""
+    known = [field_.name for field_ in fields(cls)]
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+            lines.append(f"{cls.name}: unknown field {place!r}.{did_you_mean(place, known)} Fields: {', '.join(known)}")
+        elif item["type"] in {"missing", "missing_keyword_only_argument", "missing_argument"}:
+            lines.append(f"{cls.name}: field {place!r} is required")
+        else:
+            lines.append(f"{cls.name}: {place} = {item['input']!r}: {item['msg']}")
+    return lines
