@@ -1,0 +1,118 @@
+"""Deep learning that costs less, and a ledger that shows what was saved and what was lost.
+
+Everything public is reached from here and imported on first use, so that ``import sparing`` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparing.compression.quantize import Quantize
+    from sparing.core.errors import (
+        CorruptFile,
+        DataError,
+        IncompatibleStep,
+        InvalidValue,
+        MissingDependency,
+        NoEffect,
+        NotExportable,
+        RecipeError,
+        SparingError,
+        StoreError,
+        TrainingDiverged,
+        UnknownName,
+        UntrustedCode,
+    )
+    from sparing.core.export import Export
+    from sparing.core.job import Job
+    from sparing.core.ledger import Ledger
+    from sparing.core.pipeline import plan, run
+    from sparing.core.predictor import build_model, load
+    from sparing.core.step import Step, step
+    from sparing.core.task import Task
+    from sparing.core.training import Train
+    from sparing.core.transfer import Transfer
+    from sparing.distillation.logits import Distil
+    from sparing.tasks.custom import CustomTask
+    from sparing.tasks.images import ImageClassification
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sparing.compression.quantize": ("Quantize",),
+    "sparing.core.errors": (
+        "CorruptFile",
+        "DataError",
+        "IncompatibleStep",
+        "InvalidValue",
+        "MissingDependency",
+        "NoEffect",
+        "NotExportable",
+        "RecipeError",
+        "SparingError",
+        "StoreError",
+        "TrainingDiverged",
+        "UnknownName",
+        "UntrustedCode",
+    ),
+    "sparing.core.export": ("Export",),
+    "sparing.core.job": ("Job",),
+    "sparing.core.ledger": ("Ledger",),
+    "sparing.core.pipeline": ("plan", "run"),
+    "sparing.core.predictor": ("build_model", "load"),
+    "sparing.core.step": ("Step", "step"),
+    "sparing.core.task": ("Task",),
+    "sparing.core.training": ("Train",),
+    "sparing.core.transfer": ("Transfer",),
+    "sparing.distillation.logits": ("Distil",),
+    "sparing.tasks.custom": ("CustomTask",),
+    "sparing.tasks.images": ("ImageClassification",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CorruptFile",
+    "CustomTask",
+    "DataError",
+    "Distil",
+    "Export",
+    "ImageClassification",
+    "IncompatibleStep",
+    "InvalidValue",
+    "Job",
+    "Ledger",
+    "MissingDependency",
+    "NoEffect",
+    "NotExportable",
+    "Quantize",
+    "RecipeError",
+    "SparingError",
+    "Step",
+    "StoreError",
+    "Task",
+    "Train",
+    "TrainingDiverged",
+    "Transfer",
+    "UnknownName",
+    "UntrustedCode",
+    "__version__",
+    "build_model",
+    "load",
+    "plan",
+    "run",
+    "step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparing' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
