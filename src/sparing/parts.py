@@ -1,7 +1,7 @@
 """The one table of our own parts: name → where it lives and what it is, in one line.
 
-Reading it imports nothing, so ``sparing list`` answers at once. Third parties add parts of their own through the entry
-point groups ``sparing.tasks``, ``sparing.steps``, ``sparing.models``, ``sparing.predictors`` and ``sparing.operations``.
+Reading it imports nothing, so ``sparing list`` answers at once. Third parties add parts of their own through the
+entry point groups ``sparing.tasks``, ``sparing.steps``, ``sparing.models``, ``sparing.predictors`` and ``sparing.operations``.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class UntrustedCode(SparingError):
 
 
 class IncompatibleStep(SparingError):
-    """A step cannot run on this job: a capability is missing, an exclusive slot is taken, or the order makes no sense."""
+    """A step cannot run on this job: a missing capability, a taken slot, or a senseless order."""
 
 
 class NoEffect(SparingError):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How the next training is to be done, as factories and never live objects, so that branches and seeds share nothing.
+    """How the next training is to be done, as factories: branches and seeds share no live object.
 
     Order in which a training uses them: ``model_wraps`` (in order, undone in reverse before the model is handed on) →
     ``optimizer`` → ``wrap_optimizer`` (first is innermost) → ``scheduler`` on the outermost → in each step
@@ -48,7 +48,7 @@ class TrainingPlan:
     EXCLUSIVE = ("optimizer", "scheduler", "batch_sampler")
 
     def adding(self, **more: Any) -> TrainingPlan:
-        """A plan with ``more`` in it: single factories go to the end of their list; a taken exclusive slot is refused."""
+        """A plan with ``more`` in it: factories join the end of their list; a taken exclusive slot is refused."""
         changes: dict[str, Any] = {}
         for slot, factory in more.items():
             if slot in self.EXCLUSIVE:

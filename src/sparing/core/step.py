@@ -97,7 +97,7 @@ def step(name: str) -> Callable[[StepType], StepType]:
                 raise InvalidValue("\n".join(field_problems(type(self), error))) from None
 
         __init__.__doc__ = validated_init.__doc__
-        made.__init__ = __init__  # type: ignore[method-assign]
+        made.__init__ = __init__  # type: ignore[assignment,method-assign]
         return made  # type: ignore[return-value]
 
     return decorate

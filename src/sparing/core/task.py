@@ -27,7 +27,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Splits:
-    """Map-style datasets of one task. ``calibration`` is cut from the training data; ``test`` is for meters and audits."""
+    """Map-style datasets of one task. ``calibration`` is cut from the training data; ``test`` is for meters, audits."""
 
     train: Any
     val: Any
@@ -101,7 +101,7 @@ class Task(ABC):
         return {}
 
     def raw_example(self) -> Sequence[Any] | None:
-        """One raw input as a sequence of length 1, for timing with preprocessing; None when there is no preprocessing."""
+        """One raw input as a sequence of length 1, for timing with preprocessing, or None."""
         return None
 
     def corruptions(self, split: Any) -> Mapping[str, Any]:
