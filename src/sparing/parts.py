@@ -1,7 +1,7 @@
 """The one table of our own parts: name → where it lives and what it is, in one line.
 
-Reading it imports nothing, so ``sparing list`` answers at once. Third parties add parts of their own through the
-entry point groups ``sparing.tasks``, ``sparing.steps``, ``sparing.models``, ``sparing.predictors`` and ``sparing.operations``.
+Reading it imports nothing, so ``sparing list`` answers at once. Third parties add parts of their own through entry points
+of the groups ``sparing.tasks``, ``sparing.steps``, ``sparing.models``, ``sparing.predictors``, ``sparing.operations``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,36 @@ class Part(NamedTuple):
 
 
 PARTS: dict[str, dict[str, Part]] = {
-    "tasks": {},
+    "tasks": {
+        "digits": Part(
+            "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
+        ),
+    },
     "steps": {},
-    "models": {},
-    "predictors": {},
-    "operations": {},
+    "models": {
+        "convnet": Part(
+            "sparing.models.convnet:ConvNet",
+            "Plain ReLU convolutional network: stages at halving resolution, then a linear layer.",
+        ),
+        "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
+    },
+    "predictors": {
+        "module": Part("sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."),
+        "onnx": Part("sparing.core.predictor.onnx:OnnxPredictor", "An ONNX graph in an ONNX Runtime session."),
+    },
+    "operations": {
+        "decode": Part(
+            "sparing.data.preprocessing:Decode",
+            "Paths, encoded bytes, Pillow images or arrays → uint8 images (H, W, C) of one mode.",
+        ),
+        "resize": Part("sparing.data.preprocessing:Resize", "Images → (height, width), bicubic with antialiasing."),
+        "resize_shorter": Part(
+            "sparing.data.preprocessing:ResizeShorter",
+            "Images → the shorter side becomes ``size`` pixels, the longer follows in proportion (bicubic).",
+        ),
+        "centre_crop": Part("sparing.data.preprocessing:CentreCrop", "Images → their central (height, width) part."),
+        "channels_first": Part("sparing.data.preprocessing:ChannelsFirst", "(N, H, W, C) → (N, C, H, W), contiguous."),
+        "to_float": Part("sparing.data.preprocessing:ToFloat", "Integers 0…``full`` → float32 0…1."),
+        "normalise": Part("sparing.data.preprocessing:Normalise", "(N, C, …) → (x − mean) / std for each channel."),
+    },
 }

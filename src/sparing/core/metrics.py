@@ -1,0 +1,89 @@
+"""Figures of quality shared by tasks, in plain NumPy: functions of outputs and targets, nothing of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparing.core.errors import InvalidValue
+from sparing.core.task import Evaluation, Metric
+
+CALIBRATION_BINS = 15
+CLASSIFICATION_METRICS = (
+    Metric("accuracy", "higher"),
+    Metric("worst_class_accuracy", "higher"),
+    Metric("ece", "lower"),
+    Metric("nll", "lower", "nats"),
+)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits (N, C) → log-probabilities (N, C) in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True).astype(np.float64)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def correct(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """1.0 where the largest logit is the target's, else 0.0: (N, C), (N,) → (N,). Ties go to the lower class."""
+    return (logits.argmax(axis=1) == targets).astype(np.float64)
+
+
+def negative_log_likelihood(log_probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """Mean of −log p(target), in nats: (N, C), (N,) → one number."""
+    return float(-log_probabilities[np.arange(len(targets)), targets].mean())
+
+
+def expected_calibration_error(confidence: np.ndarray, outcome: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+    """Mean distance between confidence and accuracy over equal-width bins, weighted by their counts.
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3; bin b holds the confidences in ((b−1)/B, b/B].
+
+    Args:
+        confidence: probability of the predicted class (N,), in 0…1.
+        outcome: 1.0 where the prediction is right, else 0.0 (N,).
+        bins: their number B.
+    """
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(index, weights=outcome, minlength=bins) - np.bincount(index, weights=confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def accuracy_by_class(outcome: np.ndarray, targets: np.ndarray, classes: int) -> np.ndarray:
+    """Share of right predictions for each class (C,); NaN for a class without a unit."""
+    counts = np.bincount(targets, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(targets, weights=outcome, minlength=classes) / counts
+
+
+def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> Evaluation:
+    """Accuracy (headline), worst class's accuracy, calibration error and likelihood of logits (N, C) for targets (N,).
+
+    Classes without a unit take no part in the worst class. Raises :class:`InvalidValue` naming the unit when a logit
+    is NaN or infinite, or when shapes disagree.
+    """
+    classes = len(class_names)
+    if logits.ndim != 2 or logits.shape[1] != classes or len(logits) != len(targets):
+        raise InvalidValue(
+            f"outputs of shape {logits.shape} for {len(targets)} units of {classes} classes; "
+            f"({len(targets)}, {classes}) is expected"
+        )
+    if len(targets) == 0:
+        raise InvalidValue("no unit to evaluate; at least one is expected")
+    wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(wrong):
+        raise InvalidValue(f"the output for unit {wrong[0]} is not finite ({len(wrong)} of {len(logits)} units)")
+    outcome = correct(logits, targets)
+    log_probabilities = log_softmax(logits)
+    by_class = accuracy_by_class(outcome, targets, classes)
+    present = ~np.isnan(by_class)
+    return Evaluation(
+        metrics={
+            "accuracy": float(outcome.mean()),
+            "worst_class_accuracy": float(by_class[present].min()),
+            "ece": expected_calibration_error(np.exp(log_probabilities.max(axis=1)), outcome),
+            "nll": negative_log_likelihood(log_probabilities, targets),
+        },
+        per_unit=outcome,
+        by_class={name: float(value) for name, value in zip(class_names, by_class, strict=True) if not np.isnan(value)},
+    )

@@ -1,0 +1,1 @@
+"""Readers of real formats, the data root, and executable preprocessing."""
