@@ -14,6 +14,7 @@ from sparing.core.ledger import Figure, Notes
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparing.core.meter import Meter
     from sparing.core.predictor import Predictor
     from sparing.core.store import BoundStore
     from sparing.core.task import Task
@@ -84,6 +85,8 @@ class Job:
     """The task's, plus what steps so far have given and not removed."""
     earlier: Mapping[str, Predictor] = field(default_factory=dict)
     """Predictors of the rows above, by row id."""
+    meter: Meter | None = None
+    """Measures rows, here and in inner pipelines."""
     notes: Notes = field(default_factory=Notes)
     """Collects what :meth:`record` is told for this step's row."""
 

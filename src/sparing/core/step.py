@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from enum import StrEnum
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -14,6 +16,7 @@ from sparing.core.errors import InvalidValue, did_you_mean
 
 if TYPE_CHECKING:
     from sparing.core.job import Job
+    from sparing.core.task import Task
 
 
 class Stage(StrEnum):
@@ -66,6 +69,23 @@ class Step:
         """The job this one becomes. Pure in ``job``; anything expensive goes through ``job.store``."""
         raise NotImplementedError(f"{type(self).__name__} does not define apply")
 
+    def target_task(self) -> Task | None:
+        """The task this step changes the job to, or None when it keeps the task."""
+        return None
+
+    def row_references(self) -> Mapping[str, str]:
+        """Field name → the earlier row it names, for fields of type :data:`RowId`."""
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        return {
+            field_.name: value
+            for field_ in fields(self)
+            if _is_row_id(hints.get(field_.name)) and isinstance(value := getattr(self, field_.name), str)
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON values: what a recipe would say; live objects are shown by their class."""
+        return {field_.name: _plain(getattr(self, field_.name)) for field_ in fields(self)}
+
     def nested(self) -> Mapping[str, Step]:
         """The steps held in this step's fields, by field name (with an index for lists)."""
         found: dict[str, Step] = {}
@@ -76,6 +96,26 @@ class Step:
             elif isinstance(value, tuple | list):
                 found |= {f"{field_.name}[{i}]": item for i, item in enumerate(value) if isinstance(item, Step)}
         return found
+
+
+def _is_row_id(annotation: Any) -> bool:
+    if annotation == RowId:
+        return True
+    return any(_is_row_id(argument) for argument in typing.get_args(annotation))
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Step):
+        return {value.name: value.config()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
 def step(name: str) -> Callable[[StepType], StepType]:

@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sparing.core import files
 from sparing.core.errors import CorruptFile, InvalidValue, StoreError
-from sparing.core.fingerprint import fingerprint
+from sparing.core.fingerprint import NoFingerprint, fingerprint
 
 FORMAT = "1"
 log = logging.getLogger("sparing")
@@ -275,10 +275,17 @@ class BoundStore:
     cost: Cost = field(default_factory=Cost)
 
     def child(self, *parts: Any) -> BoundStore:
-        """The view of whoever comes next, after ``parts``; its cost starts at zero."""
+        """The view of whoever comes next, after ``parts``; its cost starts at zero.
+
+        Parts without a fingerprint make a view that keeps nothing.
+        """
         if self.store is None:
             return replace(self, cost=Cost())
-        return replace(self, chain=(*self.chain, fingerprint(parts)), cost=Cost())
+        try:
+            return replace(self, chain=(*self.chain, fingerprint(parts)), cost=Cost())
+        except NoFingerprint as error:
+            log.warning("results from here on are not kept for later runs: %s", error)
+            return replace(self, store=None, cost=Cost())
 
     def key(self, seed: bool = True) -> str:
         """The step key: a digest of the chain, and of the seed unless the result does not depend on it."""

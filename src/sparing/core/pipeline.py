@@ -1,0 +1,526 @@
+"""Planning a recipe as a whole, then running it: job after job, row after row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparing.core import files
+from sparing.core.errors import IncompatibleStep, InvalidValue, NotExportable, RecipeError, SparingError, did_you_mean
+from sparing.core.fingerprint import NoFingerprint, environment_fingerprint
+from sparing.core.job import Job
+from sparing.core.ledger import Figure, Ledger, Notes, Row
+from sparing.core.meter import Meter, comparable
+from sparing.core.randomness import isolated_rng
+from sparing.core.recipe import PartRef, Recipe, load_recipe
+from sparing.core.registry import parts, resolve
+from sparing.core.step import Stage, Step
+from sparing.core.store import ARRAYS, JSON, PREDICTOR, All, BoundStore, Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparing.core.predictor import Predictor
+    from sparing.core.task import Splits, Task
+
+log = logging.getLogger("sparing")
+MEASUREMENT = All({"row": JSON, "outcomes": ARRAYS})
+
+
+# ---------------------------------------------------------------------------------------------------------- planning
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a plan and what the store already holds for it: (results, their wall seconds) or None."""
+
+    step: Step
+    place: str
+    stored: tuple[int, float] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe found to be consistent, before anything is computed."""
+
+    recipe: Recipe
+    task: Task
+    meter: Meter
+    steps: Sequence[PlannedStep]
+    remarks: Sequence[str] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON values, for ``--dry-run``."""
+        names = [("steps", planned.step.name) for planned in self.steps]
+        names += [("tasks", self.task.name)]
+        names += [("models", self.recipe.model.name)] if isinstance(self.recipe.model, PartRef) else []
+        foreign = {parts(kind)[name].target for kind, name in names if name in parts(kind)}
+        return {
+            "recipe": self.recipe.name,
+            "task": self.task.name,
+            "seed": self.recipe.seed,
+            "meter": asdict(self.meter),
+            "steps": [
+                {
+                    "id": planned.step.id,
+                    "step": planned.step.name,
+                    "stage": str(planned.step.stage),
+                    "place": planned.place,
+                    "fields": planned.step.config(),
+                    "stored_results": planned.stored[0] if planned.stored else 0,
+                    "seconds_when_made": planned.stored[1] if planned.stored else None,
+                }
+                for planned in self.steps
+            ],
+            "user_code": sorted(target for target in foreign if not target.startswith("sparing.")),
+            "remarks": list(self.remarks),
+        }
+
+
+def plan(
+    recipe: Recipe | str | Path, data: Path | str | None = None, store: Store | None = None, until: str | None = None
+) -> Plan:
+    """Check a whole recipe without computing anything; raises :class:`RecipeError` with every problem at once.
+
+    Data are read (to know what is stored already), nothing is trained or measured.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    problems: list[str] = []
+    recipe = _cut(recipe, until, problems)
+    task, meter = _task(recipe, problems), _meter(recipe, problems)
+    if task is not None:
+        _check_model(recipe, task, problems)
+        check_steps(recipe, task, problems)
+    if problems or task is None or meter is None:
+        raise RecipeError(problems)
+    planned, remarks = _look_up(recipe, task, meter, Path(data) if data else None, store or Store())
+    return Plan(recipe, task, meter, planned, remarks)
+
+
+def _cut(recipe: Recipe, until: str | None, problems: list[str]) -> Recipe:
+    if until is None:
+        return recipe
+    ids = [step.id for step in recipe.steps]
+    if until not in ids:
+        problems.append(f"--until {until}: no such step.{did_you_mean(until, ids)} Ids: {', '.join(ids)}")
+        return recipe
+    end = ids.index(until) + 1
+    return replace(recipe, steps=recipe.steps[:end], places=recipe.places[:end])
+
+
+def _task(recipe: Recipe, problems: list[str]) -> Task | None:
+    if not isinstance(recipe.task, PartRef):
+        return recipe.task
+    ref = recipe.task
+    try:
+        return resolve("tasks", ref.name)(**ref.fields)
+    except (TypeError, SparingError) as error:
+        problems.append(f"{ref.place}: task {ref.name}: {error}")
+        return None
+
+
+def _meter(recipe: Recipe, problems: list[str]) -> Meter | None:
+    try:
+        return Meter(**recipe.meter)
+    except (TypeError, SparingError) as error:
+        problems.append(f"{recipe.name}: meter: {error}")
+        return None
+
+
+def _check_model(recipe: Recipe, task: Task, problems: list[str]) -> None:
+    """Build a named model without its weights, to find wrong fields before anything runs."""
+    if isinstance(recipe.model, Path) and not (recipe.model / "sparing.json").is_file():
+        problems.append(f"{recipe.name}: model path {recipe.model} is not a saved model (it holds no sparing.json)")
+    if isinstance(recipe.model, PartRef):
+        import torch
+
+        from sparing.core.predictor import build_model
+
+        try:
+            with torch.device("meta"), isolated_rng(0):
+                build_model(recipe.model.name, task, **recipe.model.fields)
+        except (TypeError, SparingError) as error:
+            problems.append(f"{recipe.model.place}: model {recipe.model.name}: {error}")
+
+
+def check_steps(recipe: Recipe, task: Task, problems: list[str]) -> None:
+    """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names."""
+    builder = resolve("models", recipe.model.name) if isinstance(recipe.model, PartRef) else recipe.model
+    capabilities = set(task.capabilities) | set(getattr(builder, "capabilities", ()))
+    of_task = set(task.capabilities)
+    rows: list[str] = []
+    if recipe.trained:
+        capabilities.add("trained")
+        rows.append("given")
+    open_promises: dict[str, tuple[Step, str]] = {}
+    slots: dict[str, str] = {}
+    for index, step in enumerate(recipe.steps):
+        place = recipe.place(index)
+        if step.id in rows:
+            problems.append(f"{place}: the id {step.id!r} is taken by an earlier step; give this one 'id: …'")
+        _check_one(step, place, capabilities, rows, problems)
+        for name, inner in step.nested().items():
+            _check_one(inner, f"{place} {step.name}.{name}", capabilities, rows, problems)
+        if target := step.target_task():
+            capabilities = (capabilities - of_task) | set(target.capabilities)
+            of_task = set(target.capabilities)
+        capabilities = (capabilities - step.removes) | step.gives
+        for promise in step.realises:
+            open_promises.pop(promise, None)
+        if "training" in step.realises:
+            slots.clear()
+        for slot in step.slots:
+            if slot in slots:
+                problems.append(f"{place}: {step.id!r} sets the training plan's {slot}, which {slots[slot]} has set")
+            slots[slot] = f"{step.id!r} at {place}"
+        for promise in step.promises:
+            open_promises[promise] = (step, place)
+        rows.append(step.id)
+    for promise, (step, place) in open_promises.items():
+        realisers = _steps_with("realises", promise)
+        problems.append(
+            f"{place}: {step.id!r} promises {promise}, which no later step realises; "
+            f"add one of: {', '.join(realisers) or 'none of the installed steps does'}"
+        )
+
+
+def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], problems: list[str]) -> None:
+    for need in sorted(step.needs - capabilities):
+        givers = _steps_with("gives", need)
+        cure = f"steps that give it: {', '.join(givers)}" if givers else "no installed step gives it: it is the task's"
+        problems.append(f"{place}: {step.id!r} needs {need!r}, which the job does not have there; {cure}")
+    for field_name, row in step.row_references().items():
+        if row not in rows:
+            known = f"Earlier rows: {', '.join(rows) or 'none'}"
+            problems.append(
+                f"{place}: {step.name}.{field_name} = {row!r} names no earlier row.{did_you_mean(row, rows)} {known}"
+            )
+
+
+def _steps_with(attribute: str, value: str) -> list[str]:
+    return sorted(name for name in parts("steps") if value in getattr(resolve("steps", name), attribute, ()))
+
+
+def _look_up(
+    recipe: Recipe, task: Task, meter: Meter, data: Path | None, store: Store
+) -> tuple[list[PlannedStep], list[str]]:
+    """What the store holds for each step of the recipe's first seed."""
+    job, _, remarks = _start(recipe, task, meter, recipe.seed, data, store)
+    planned = []
+    for index, step in enumerate(recipe.steps):
+        bound = job.store.child("step", step)
+        planned.append(PlannedStep(step, recipe.place(index), bound.stored_cost()))
+        if target := step.target_task():
+            bound = bound.child("data", target.splits(data))
+        job = job.replace(store=bound)
+    return planned, remarks
+
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left: the ledger, the folder it was written to (if any), and the last row's predictor."""
+
+    ledger: Ledger
+    folder: Path | None
+    predictor: Predictor | None
+    job: Job = field(repr=False)
+
+
+def run(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    task: Task | str | None = None,
+    model: nn.Module | str | Path | None = None,
+    steps: Iterable[Step] = (),
+    trained: bool = False,
+    meter: Mapping[str, Any] | None = None,
+    seeds: int | Sequence[int] = 1,
+    data: Path | str | None = None,
+    out: Path | str | None = None,
+    until: str | None = None,
+    store: Store | None = None,
+    on_row: Callable[[Row], None] | None = None,
+) -> Run:
+    """Run a recipe and measure a row after every step.
+
+    Either a ``recipe`` (object, file or packaged name), or ``task`` and ``steps`` (and ``model``: a module, a
+    registered name or a saved model's folder; ``trained=True`` when a given module needs no training). ``seeds``: how
+    many, counted from the recipe's, or which. With ``out``, ledger, outcomes, recipe and the last row's model are
+    written there, the ledger after every row. Raises :class:`RecipeError` with every problem before anything is
+    computed.
+    """
+    recipe = _recipe_of(recipe, task, model, steps, trained, meter)
+    store = store or Store()
+    root, folder = (Path(data) if data else None), (Path(out) if out else None)
+    checked = plan(recipe, root, store, until)
+    recipe = checked.recipe
+    numbers = list(range(recipe.seed, recipe.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise InvalidValue(f"seeds = {seeds!r}: at least one is needed, each once")
+    ledger = Ledger.begin(recipe.name, recipe.text, checked.meter)
+    if folder and recipe.text:
+        files.write_atomic(folder / "recipe.yaml", recipe.text.encode())
+    first: Job | None = None
+    for position, seed in enumerate(numbers):
+        job, test, remarks = _start(recipe, checked.task, checked.meter, seed, root, store)
+
+        def keep(row: Row, outcomes: np.ndarray | None) -> Row:
+            kept = ledger.add(row, outcomes)
+            if folder:
+                ledger.save(folder)
+            if on_row:
+                on_row(kept)
+            return kept
+
+        try:
+            job = _run_steps(job, recipe, test, remarks, keep)
+        except SparingError as error:
+            ledger.stop(f"seed {seed}: {error}")
+            if folder:
+                ledger.save(folder)
+            raise
+        if folder and job.predictor is not None:
+            name = "model" if position == 0 else f"model-seed{seed}"
+            _deployed(job).save(folder / name, ledger=ledger.to_markdown(seed))
+        first = first or job
+    assert first is not None
+    return Run(ledger, folder, _deployed(first) if first.predictor else None, first)
+
+
+def _recipe_of(
+    recipe: Recipe | str | Path | None,
+    task: Task | str | None,
+    model: nn.Module | str | Path | None,
+    steps: Iterable[Step],
+    trained: bool,
+    meter: Mapping[str, Any] | None,
+) -> Recipe:
+    if recipe is not None:
+        if task is not None or model is not None or steps:
+            raise InvalidValue("run takes a recipe, or task, model and steps, not both")
+        return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    steps = tuple(steps)
+    if task is None or not steps:
+        raise InvalidValue("run needs a recipe, or a task and at least one step")
+    if any(not isinstance(step, Step) for step in steps):
+        wrong = next(step for step in steps if not isinstance(step, Step))
+        raise InvalidValue(f"steps holds {wrong!r}, which is no Step; for example steps=[Train(epochs=5)]")
+    part = PartRef(task, place="task") if isinstance(task, str) else task
+    given: Any = PartRef(model, place="model") if isinstance(model, str) else model
+    return Recipe(part, steps, given, trained or isinstance(model, Path), meter=dict(meter or {}))
+
+
+def _start(
+    recipe: Recipe, task: Task, meter: Meter, seed: int, root: Path | None, store: Store
+) -> tuple[Job, Any, list[str]]:
+    """The job before the first step, the test split, and remarks for the ledger."""
+    from sparing.core.predictor import ModulePredictor, load
+
+    splits = task.splits(root)
+    predictor: Predictor | None = None
+    if isinstance(recipe.model, Path):
+        predictor = load(recipe.model)
+        model = getattr(predictor, "model", None)
+    else:
+        with isolated_rng("model", seed):
+            model = _build(recipe.model, task)
+        if recipe.trained:
+            predictor = ModulePredictor(model, task)
+    bound, remarks = _bind(store, task, splits, recipe.model, model, meter, seed)
+    capabilities = task.capabilities | frozenset(getattr(model, "capabilities", ()))
+    job = Job(
+        task=task,
+        train=splits.train,
+        val=splits.val,
+        calibration=splits.calibration,
+        model=model,
+        seed=seed,
+        store=bound,
+        root=root,
+        predictor=predictor,
+        capabilities=capabilities | ({"trained"} if recipe.trained else frozenset()),
+        meter=meter,
+    )
+    return job, splits.test, remarks
+
+
+def _build(model: Any, task: Task) -> Any:
+    from sparing.core.predictor import build_model
+
+    if model is None:
+        return task.default_model()
+    if isinstance(model, PartRef):
+        return build_model(model.name, task, **model.fields)
+    return model
+
+
+def _bind(
+    store: Store, task: Task, splits: Splits, source: Any, model: Any, meter: Meter, seed: int
+) -> tuple[BoundStore, list[str]]:
+    """The store's view for this job; one that keeps nothing, and a remark, when something has no fingerprint."""
+    import torch
+
+    try:
+        named = [source.name, dict(source.fields)] if isinstance(source, PartRef) else None
+        content = named or (source if isinstance(source, Path) else model)
+        return (
+            store.bind(
+                environment_fingerprint(torch.get_num_threads()), task, splits, content, asdict(meter), seed=seed
+            ),
+            [],
+        )
+    except NoFingerprint as error:
+        return BoundStore(None, (), seed), [f"nothing of this run is kept for later runs: {error}"]
+
+
+def _run_steps(
+    job: Job,
+    recipe: Recipe,
+    test: Any,
+    remarks: list[str],
+    keep: Callable[[Row, np.ndarray | None], Row],
+) -> Job:
+    if job.predictor is not None:
+        job, row, outcomes = _finish(job, job, None, test, remarks)
+        keep(row, outcomes)
+    for index, step in enumerate(recipe.steps):
+        try:
+            after, row, outcomes = advance(job, step, test)
+        except SparingError as error:
+            error.add_note(f"in step {step.id!r} ({recipe.place(index)})")
+            raise
+        if after.task is not job.task:
+            test = after.task.splits(after.root).test
+        if index == 0 and remarks:
+            row = replace(row, remarks=[*remarks, *row.remarks])
+        keep(row, outcomes)
+        job = after
+    return job
+
+
+def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | None]:
+    """Apply one step to a job and measure what it became: (job, row, per-unit outcomes of the headline)."""
+    missing = sorted(step.needs - job.capabilities)
+    if missing:
+        raise IncompatibleStep(
+            f"{step.id!r} needs {', '.join(missing)}; the job has {', '.join(sorted(job.capabilities))}"
+        )
+    bound = job.store.child("step", step)
+    before = job.replace(store=bound, notes=Notes())
+    if bound.store is None and job.store.store is not None:
+        before.notes.remarks.append("this row and those after it are not kept: a field of the step has no fingerprint")
+    with isolated_rng("step", job.seed, step.id):
+        after = step.apply(before)
+    if not isinstance(after, Job):
+        raise SparingError(f"step {step.name!r} returned {type(after).__name__}; apply must return a Job")
+    capabilities = (after.capabilities - step.removes) | step.gives
+    if after.task is not job.task:
+        capabilities = (capabilities - job.task.capabilities) | after.task.capabilities
+        splits = after.task.splits(after.root)
+        after = after.replace(store=bound.child("data", splits))
+        test = splits.test
+    else:
+        after = after.replace(store=bound)
+    return _finish(job, after.replace(capabilities=capabilities, notes=before.notes), step, test, [])
+
+
+def _finish(
+    job: Job, after: Job, step: Step | None, test: Any, remarks: list[str]
+) -> tuple[Job, Row, np.ndarray | None]:
+    """Measure the job's predictor, if this step made a new one, and write the row."""
+    notes, cost = after.notes, after.store.cost
+    row_id = step.id if step else "given"
+    figures: dict[str, Figure] = {}
+    by_class: Mapping[str, float] = {}
+    outcomes: np.ndarray | None = None
+    runtime = kind = ""
+    if after.predictor is not None and (step is None or after.predictor is not job.predictor):
+        deployed = _deployed(after, notes.remarks)
+        runtime, kind = deployed.runtime, after.predictor.kind
+        figures, outcomes, by_class = _measure(after, deployed, test)
+    figures |= notes.figures
+    if step is not None:
+        figures["wall"] = Figure(cost.wall_s, "s", note="making this row's results, also when they were stored")
+        figures["cpu"] = Figure(cost.cpu_s, "s", note="this process and its finished children")
+    row = Row(
+        id=row_id,
+        step=step.name if step else "given",
+        stage=str(step.stage if step else Stage.MODEL),
+        task=after.task.name,
+        seed=after.seed,
+        headline=after.task.headline.name,
+        runtime=runtime,
+        kind=kind,
+        figures=figures,
+        outcome=notes.outcome,
+        by_class=by_class,
+        curves=notes.curves,
+        candidates=notes.candidates,
+        remarks=[*remarks, *notes.remarks],
+        sub={reason: child.rows for reason, child in notes.children.items()},
+        config=step.config() if step else {},
+    )
+    earlier = {**after.earlier, row_id: after.predictor} if after.predictor is not None else after.earlier
+    return after.replace(earlier=earlier, notes=job.notes), row, outcomes
+
+
+def _deployed(job: Job, remarks: list[str] | None = None) -> Predictor:
+    """The job's predictor in the runtime all rows of its task are measured in."""
+    assert job.predictor is not None
+    assert job.meter is not None
+    predictor, task, meter = job.predictor, job.task, job.meter
+    if predictor.kind != "module" or meter.runtime == "module":
+        return comparable(predictor, task, meter.runtime)
+    bound = job.store.child("deployed")
+    try:
+        return bound.once("predictor", lambda: comparable(predictor, task, meter.runtime), PREDICTOR)
+    except NotExportable as error:
+        if remarks is not None:
+            remarks.append(f"measured in torch: {error}")
+        return predictor
+
+
+def _measure(
+    job: Job, deployed: Predictor, test: Any
+) -> tuple[dict[str, Figure], np.ndarray | None, Mapping[str, float]]:
+    assert job.meter is not None
+    meter, task = job.meter, job.task
+
+    def compute() -> dict[str, Any]:
+        figures, outcomes, by_class = meter.measure(task, deployed, test)
+        return {
+            "row": {"figures": {name: asdict(f) for name, f in figures.items()}, "by_class": dict(by_class)},
+            "outcomes": {} if outcomes is None else {"headline": np.asarray(outcomes)},
+        }
+
+    found = job.store.child("measured").once("row", compute, MEASUREMENT)
+    figures = {name: Figure.from_json(value) for name, value in found["row"]["figures"].items()}
+    return figures, found["outcomes"].get("headline"), found["row"]["by_class"]
+
+
+def run_inner(job: Job, steps: Sequence[Step]) -> Job:
+    """Run steps on a forked job (:meth:`Job.fork`), for audits and other steps that hold steps.
+
+    The rows go to the fork's notes and from there into a sub-ledger of the outer row. Only steps that may see the test
+    split (audits) may call this, since inner rows are measured on it.
+    """
+    test = job.task.splits(job.root).test
+    rows = job.notes.rows
+    for step in steps:
+        after, row, _ = advance(job, step, test)
+        if after.task is not job.task:
+            test = after.task.splits(after.root).test
+        rows.append(row)
+        job = after
+    return job
+
+
+__all__ = ["Plan", "PlannedStep", "Run", "advance", "check_steps", "plan", "run", "run_inner"]
