@@ -31,7 +31,9 @@ PARTS: dict[str, dict[str, Part]] = {
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
     },
     "predictors": {
-        "module": Part("sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."),
+        "module": Part(
+            "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."
+        ),
         "onnx": Part("sparing.core.predictor.onnx:OnnxPredictor", "An ONNX graph in an ONNX Runtime session."),
     },
     "operations": {

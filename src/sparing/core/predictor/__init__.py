@@ -1,0 +1,28 @@
+"""The saved, deployable thing: predictors, their preprocessing, and the folder they live in.
+
+Importing this imports neither torch nor onnxruntime; a predictor imports what runs it when it is made.
+"""
+
+from sparing.core.predictor.base import Context, Description, Predictor
+from sparing.core.predictor.folder import Manifest, load, nest, unnest
+from sparing.core.predictor.module import ModelSpec, ModulePredictor, build_model, spec_of
+from sparing.core.predictor.onnx import OnnxPredictor, to_onnx
+from sparing.core.predictor.preprocessing import Operation, Preprocessing
+
+__all__ = [
+    "Context",
+    "Description",
+    "Manifest",
+    "ModelSpec",
+    "ModulePredictor",
+    "OnnxPredictor",
+    "Operation",
+    "Predictor",
+    "Preprocessing",
+    "build_model",
+    "load",
+    "nest",
+    "spec_of",
+    "to_onnx",
+    "unnest",
+]

@@ -1,0 +1,134 @@
+"""What every predictor is: callable on arrays, describable, savable."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from sparing.core.errors import InvalidValue
+from sparing.core.predictor.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from sparing.core.predictor.folder import Manifest
+    from sparing.core.task import Task
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a predictor is made of, as figures. JSON-able."""
+
+    kind: str
+    runtime: str
+    """What runs it: "torch", "onnxruntime", …"""
+    precision: str
+    """Number format of weights and activations, e.g. "fp32", "int8 (QDQ static, per channel)"."""
+    parameters: int | None
+    """Trained numbers the predictor holds; a tied tensor counts once."""
+    nonzero: int | None
+    """Those of them that are not zero."""
+    macs: int | None
+    """Multiply-accumulates for one sample; None when unknown."""
+    macs_rule: str
+    """How the multiply-accumulates were counted."""
+    model_bytes: int
+    """Bytes of the saved payload files: all that is needed to answer."""
+    layers: tuple[dict[str, Any], ...] = ()
+    """Per layer, where known: {"name", "type", "parameters", …}."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a model's users need besides its numbers; it stays the same through export and quantisation."""
+
+    task: str = ""
+    """The task's name."""
+    labels: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+
+    @classmethod
+    def of(cls, source: Context | Task | Predictor | None) -> Context:
+        """The context of a task or of another predictor; an empty one for None."""
+        if source is None:
+            return cls()
+        if isinstance(source, Context):
+            return source
+        if isinstance(source, Predictor):
+            return source.context
+        return cls(source.name, tuple(source.labels), source.preprocessing)
+
+
+class Predictor(ABC):
+    """The deployable thing: a callable from arrays to arrays, free of training code.
+
+    Subclasses set ``kind`` (their registered name) and define :meth:`__call__`, :meth:`payload`, :meth:`load_files`,
+    :meth:`describe` and ``runtime``.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, task: Context | Task | Predictor | None = None, *, threads: int | None = None) -> None:
+        """``task``: where name, labels and preprocessing come from. ``threads``: None for the runtime's default."""
+        self.context = Context.of(task)
+        self.attachments: dict[str, bytes] = {}
+        """Further files of the saved folder, e.g. an outgoing ``model.pt2``: hashed, never opened, no model bytes."""
+        self.threads: int | None = None
+        self.set_threads(threads)
+
+    @property
+    @abstractmethod
+    def runtime(self) -> str:
+        """What runs this predictor, e.g. "torch" or "onnxruntime"."""
+
+    @abstractmethod
+    def __call__(self, *inputs: Any) -> Any:
+        """Model inputs (arrays, or trees of arrays) → an array or a tree of arrays."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Sizes and counts of this predictor."""
+
+    @abstractmethod
+    def payload(self) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """(file name → content, JSON-able settings): all that :meth:`load_files` needs to answer the same again."""
+
+    @classmethod
+    @abstractmethod
+    def load_files(cls, files: Mapping[str, bytes], manifest: Manifest, trust: Collection[str] = ()) -> Self:
+        """The predictor made of :meth:`payload`'s files and ``manifest.config``, both already verified.
+
+        ``trust`` lists packages whose classes may be imported.
+        """
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the outputs, where the task has them."""
+        return self.context.labels
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What turns raw inputs into model inputs."""
+        return self.context.preprocessing
+
+    def predict(self, raws: Sequence[Any]) -> Any:
+        """Raw inputs, as the task's files hold them → the model's outputs for them."""
+        if self.preprocessing is None:
+            raise InvalidValue("this predictor was saved without preprocessing; call it with model inputs instead")
+        return self(self.preprocessing(raws))
+
+    def set_threads(self, threads: int | None) -> None:
+        """Use this many threads from now on; None for the runtime's default."""
+        if threads is not None and threads < 1:
+            raise InvalidValue(f"threads = {threads}; at least 1 is needed, or None for the runtime's default")
+        self.threads = threads
+
+    def save(self, folder: Path | str, *, ledger: str = "") -> Path:
+        """Put this predictor into ``folder`` (new, empty, or an older model folder, which it replaces).
+
+        ``ledger`` is text for the model card: what the steps that made the model saved and lost.
+        """
+        from sparing.core.predictor.folder import save
+
+        return save(self, Path(folder), ledger=ledger)
