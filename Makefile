@@ -32,7 +32,7 @@ bench: $(VENV)/.installed-dev
 	set -e; for script in benchmarks/[a-z]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) docs/_build docs/reference build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) docs/_build docs/api build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # A stamp is newer than what it was made from, so a second call runs no pip.
 $(BIN)/python:

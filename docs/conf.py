@@ -1,0 +1,35 @@
+"""Sphinx settings."""
+
+import sys
+from pathlib import Path
+
+import sparing
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "Sparing"
+author = "The Sparing authors"
+copyright = "The Sparing authors, Apache-2.0"
+release = version = sparing.__version__
+
+extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sparing_docs"]
+exclude_patterns = ["_build", "_ext"]
+html_theme = "furo"
+html_title = "Sparing"
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+apidoc_modules = [
+    {
+        "path": "../src/sparing",
+        "destination": "api",
+        "separate_modules": True,
+        "module_first": True,
+        "max_depth": 3,
+        "automodule_options": {"members", "show-inheritance", "ignore-module-all"},
+    }
+]
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
