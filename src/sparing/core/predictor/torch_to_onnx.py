@@ -2,10 +2,10 @@
 
 ``torch.onnx.export`` has two routes in the torch this project is pinned to. Tracing (``dynamo=False``) takes tens of
 milliseconds and yields the operators ONNX Runtime has kernels and int8 rules for (GlobalAveragePool, Flatten,
-convolutions with the batch norm folded in); it is deprecated, and it bakes data-dependent control flow into the graph,
-saying so in a ``TracerWarning``. ``dynamo=True`` has the future; it takes a second for each graph and four for the
-first, and writes source paths into the file. We trace where tracing is silent and the outputs agree on two batch sizes,
-and use ``torch.export`` for the rest; which one made the graph is recorded in the predictor's ``origin``.
+convolutions with the batch norm folded in); it is deprecated, and it bakes control flow that depends on values into the
+graph. ``dynamo=True`` has the future; it takes a second for each graph and four for the first, and writes source paths
+into the file. We trace a module that reads no value of a tensor while it runs and whose graph agrees with it on two
+batch sizes, and use ``torch.export`` for the rest; which one made the graph is recorded in the predictor's ``origin``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +84,10 @@ def export(
     wrapped = _flat_module(module, skeleton(inputs))
     names = ([f"input{index}" for index in range(len(flat))], [f"output{i}" for i, _ in enumerate(leaves(expected))])
     problems = []
-    for exporter in (_trace, _torch_export):
+    read_at = _value_read(module, inputs)
+    if read_at:
+        problems.append(f"Python reads a tensor's value while it runs ({read_at})")
+    for exporter in (_torch_export,) if read_at else (_trace, _torch_export):
         try:
             content = _tidy(exporter(wrapped, flat, *names))
             made = OnnxPredictor(
@@ -120,6 +126,27 @@ def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         return module(*inputs)
 
 
+def _value_read(module: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Where Python looks at a tensor's value while the module runs, as ``if x.max() > 0`` or ``x.item()`` do, or ""."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        seen = ""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._local_scalar_dense.default and not self.seen:
+                stack = [f for f in traceback.extract_stack() if f.filename not in (__file__, torch_modules)]
+                outside = [f for f in stack if "/torch/" not in f.filename] or stack
+                self.seen = f"{Path(outside[-1].filename).name}:{outside[-1].lineno}: {outside[-1].line}"
+            return function(*args, **(kwargs or {}))
+
+    torch_modules = torch.nn.modules.module.__file__
+    with Watch() as watch:
+        _run(module, inputs)
+    return watch.seen
+
+
 def _flat_module(module: nn.Module, shape: Any) -> nn.Module:
     """A module over a flat list of tensors, in :func:`leaves` order on both sides."""
     from torch import nn
@@ -137,13 +164,10 @@ def _flat_module(module: nn.Module, shape: Any) -> nn.Module:
 
 def _trace(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], outputs: list[str]) -> bytes:
     import torch
-    from torch.jit import TracerWarning
 
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TracerWarning)
-        warnings.filterwarnings("ignore", message=".*legacy TorchScript-based ONNX export", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*legacy TorchScript-based ONNX export", category=UserWarning)
+    # what tracing warns of are shapes (values were looked for before): constants, or a batch size the comparison finds
+    with _quiet():
         torch.onnx.export(
             module,
             tuple(flat),
@@ -178,22 +202,28 @@ def _torch_export(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter says of its own inner workings and of torchvision, which nothing here uses."""
+    """Silence what the exporters say of their own inner workings; what they raise is reported."""
+    import torch
 
-    def unrelated(record: logging.LogRecord) -> bool:
-        return "torchvision is not installed" not in record.getMessage()
-
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    logger.addFilter(unrelated)
+    names = ("torch.onnx._internal.exporter._registration", "torch.fx.experimental.symbolic_shapes")
+    levels = {name: logging.getLogger(name).level for name in names}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
-            warnings.filterwarnings("ignore", message="_check_is_size will be removed", category=FutureWarning)
-            warnings.filterwarnings("ignore", message="The tensor attributes? .*_flat_weights", category=UserWarning)
-            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used", category=UserWarning)
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused layers have no ONNX counterpart
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            for category in (DeprecationWarning, FutureWarning, UserWarning, torch.jit.TracerWarning):
+                warnings.filterwarnings("ignore", category=category)
             yield
     finally:
-        logger.removeFilter(unrelated)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _tidy(content: bytes) -> bytes:
@@ -258,12 +288,9 @@ def _difference(graph: OnnxPredictor, module: nn.Module, inputs: Any, tolerance:
     return worst
 
 
-def _reason(error: Exception) -> str:
-    """The lines of an exporter's message that name what stands in the way."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if any(word in line for word in ("operator", "aten", "Converting", "cannot", "not support"))
-    ]
-    return f"{type(error).__name__}: " + " ".join((telling or lines or ["no message"])[:2])[:400]
+def _reason(error: BaseException) -> str:
+    """What an exporter's innermost error says, without colours and advice on the exporter."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:400] or 'no message'}"
