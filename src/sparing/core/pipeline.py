@@ -151,42 +151,67 @@ def _check_model(recipe: Recipe, task: Task, problems: list[str]) -> None:
 def check_steps(recipe: Recipe, task: Task, problems: list[str]) -> None:
     """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names."""
     builder = resolve("models", recipe.model.name) if isinstance(recipe.model, PartRef) else recipe.model
-    capabilities = set(task.capabilities) | set(getattr(builder, "capabilities", ()))
-    of_task = set(task.capabilities)
-    rows: list[str] = []
+    capabilities = task.capabilities | frozenset(getattr(builder, "capabilities", ()))
+    stand = _Standing(set(capabilities), set(task.capabilities))
     if recipe.trained:
-        capabilities.add("trained")
-        rows.append("given")
-    open_promises: dict[str, tuple[Step, str]] = {}
-    slots: dict[str, str] = {}
+        stand.capabilities.add("trained")
+        stand.rows.append("given")
+    ids = list(stand.rows)
     for index, step in enumerate(recipe.steps):
-        place = recipe.place(index)
-        if step.id in rows:
-            problems.append(f"{place}: the id {step.id!r} is taken by an earlier step; give this one 'id: …'")
-        _check_one(step, place, capabilities, rows, problems)
-        for name, inner in step.nested().items():
-            _check_one(inner, f"{place} {step.name}.{name}", capabilities, rows, problems)
-        if target := step.target_task():
-            capabilities = (capabilities - of_task) | set(target.capabilities)
-            of_task = set(target.capabilities)
-        capabilities = (capabilities - step.removes) | step.gives
-        for promise in step.realises:
-            open_promises.pop(promise, None)
-        if "training" in step.realises:
-            slots.clear()
-        for slot in step.slots:
-            if slot in slots:
-                problems.append(f"{place}: {step.id!r} sets the training plan's {slot}, which {slots[slot]} has set")
-            slots[slot] = f"{step.id!r} at {place}"
-        for promise in step.promises:
-            open_promises[promise] = (step, place)
-        rows.append(step.id)
-    for promise, (step, place) in open_promises.items():
+        if step.id in ids:
+            problems.append(
+                f"{recipe.place(index)}: the id {step.id!r} is taken by an earlier step; give this one 'id: …'"
+            )
+        ids.append(step.id)
+    _check_sequence([(recipe.place(index), step) for index, step in enumerate(recipe.steps)], stand, problems)
+    for promise, (step, place) in stand.promises.items():
         realisers = _steps_with("realises", promise)
         problems.append(
             f"{place}: {step.id!r} promises {promise}, which no later step realises; "
             f"add one of: {', '.join(realisers) or 'none of the installed steps does'}"
         )
+
+
+@dataclass
+class _Standing:
+    """What is known of the job between two planned steps."""
+
+    capabilities: set[str]
+    of_task: set[str]
+    rows: list[str] = field(default_factory=list)
+    """Those with a model, which a later step may name."""
+    slots: dict[str, str] = field(default_factory=dict)
+    promises: dict[str, tuple[Step, str]] = field(default_factory=dict)
+
+    def copy(self) -> _Standing:
+        return _Standing(set(self.capabilities), set(self.of_task), list(self.rows), dict(self.slots))
+
+
+def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problems: list[str]) -> None:
+    for place, step in steps:
+        _check_one(step, place, stand.capabilities, stand.rows, problems)
+        # steps held by a step run inside it, on a fork of the job and into a ledger of their own; what they promise is
+        # the affair of the step that holds them
+        inner = [(f"{place} {step.name}.{name}", nested) for name, nested in step.nested().items()]
+        _check_sequence(inner, stand.copy(), problems)
+        if target := step.target_task():
+            stand.capabilities = (stand.capabilities - stand.of_task) | set(target.capabilities)
+            stand.of_task = set(target.capabilities)
+        stand.capabilities = (stand.capabilities - step.removes) | step.gives
+        for promise in step.realises:
+            stand.promises.pop(promise, None)
+        if "training" in step.realises:
+            stand.slots.clear()
+        for slot in step.slots:
+            if slot in stand.slots:
+                problems.append(
+                    f"{place}: {step.id!r} sets the training plan's {slot}, which {stand.slots[slot]} has set"
+                )
+            stand.slots[slot] = f"{step.id!r} at {place}"
+        for promise in step.promises:
+            stand.promises[promise] = (step, place)
+        if "trained" in stand.capabilities:
+            stand.rows.append(step.id)
 
 
 def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], problems: list[str]) -> None:
@@ -196,9 +221,9 @@ def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], 
         problems.append(f"{place}: {step.id!r} needs {need!r}, which the job does not have there; {cure}")
     for field_name, row in step.row_references().items():
         if row not in rows:
-            known = f"Earlier rows: {', '.join(rows) or 'none'}"
+            known = f"Earlier rows with a model: {', '.join(rows) or 'none'}"
             problems.append(
-                f"{place}: {step.name}.{field_name} = {row!r} names no earlier row.{did_you_mean(row, rows)} {known}"
+                f"{place}: {step.name}.{field_name} = {row!r} names no such row.{did_you_mean(row, rows)} {known}"
             )
 
 
@@ -421,14 +446,15 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
         after = step.apply(before)
     if not isinstance(after, Job):
         raise SparingError(f"step {step.name!r} returned {type(after).__name__}; apply must return a Job")
-    capabilities = (after.capabilities - step.removes) | step.gives
+    capabilities = after.capabilities
     if after.task is not job.task:
         capabilities = (capabilities - job.task.capabilities) | after.task.capabilities
         splits = after.task.splits(after.root)
-        after = after.replace(store=bound.child("data", splits))
+        after = after.replace(store=replace(bound.child("data", splits), cost=bound.cost))
         test = splits.test
     else:
         after = after.replace(store=bound)
+    capabilities = (capabilities - step.removes) | step.gives
     return _finish(job, after.replace(capabilities=capabilities, notes=before.notes), step, test, [])
 
 

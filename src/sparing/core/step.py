@@ -87,7 +87,10 @@ class Step:
         return {field_.name: _plain(getattr(self, field_.name)) for field_ in fields(self)}
 
     def nested(self) -> Mapping[str, Step]:
-        """The steps held in this step's fields, by field name (with an index for lists)."""
+        """The steps held in this step's fields, by field name (with an index for lists).
+
+        Planning takes them for one sequence, run in the order of the fields on a fork of the job.
+        """
         found: dict[str, Step] = {}
         for field_ in fields(self):
             value = getattr(self, field_.name)
