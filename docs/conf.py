@@ -12,10 +12,13 @@ author = "The Sparing authors"
 copyright = "The Sparing authors, Apache-2.0"
 release = version = sparing.__version__
 
-extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sparing_docs"]
+extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sparing_docs"]
 exclude_patterns = ["_build", "_ext"]
 html_theme = "furo"
 html_title = "Sparing"
+
+# A type such as bytes is also the name of several fields; which of them a link would mean is of no interest.
+suppress_warnings = ["ref.python"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -27,9 +30,11 @@ apidoc_modules = [
         "separate_modules": True,
         "module_first": True,
         "max_depth": 3,
-        "automodule_options": {"members", "show-inheritance", "ignore-module-all"},
     }
 ]
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Shapes", "params_style")]
+autodoc_default_options = {"ignore-module-all": True}  # a name that a package re-exports is documented once, at home
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

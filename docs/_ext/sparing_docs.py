@@ -20,6 +20,7 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import stringify_annotation
@@ -80,6 +81,11 @@ def default(item: Field, info: FieldInfo | None) -> str:
     return "required" if item.default is MISSING else literal(item.default)
 
 
+def docstring(cls: type, directive: SphinxDirective) -> str:
+    """A class's docstring as reStructuredText."""
+    return str(GoogleDocstring(inspect.cleandoc(cls.__doc__ or ""), directive.config, what="class"))
+
+
 def literal(value: Any) -> str:
     return f"``{value!r}``"
 
@@ -122,7 +128,7 @@ class StepReference(Rendered):
         facts = [("stage", cls.stage.value), *((name, value) for name, value in sets if value)]
         facts += [("class", f":class:`{cls.__module__}.{cls.__qualname__}`"), ("source", cls.source)]
         listed = "\n".join(f":{name}: {value}" for name, value in facts)
-        return f"{inspect.cleandoc(cls.__doc__)}\n\n{listed}\n\n.. rubric:: Fields\n\n{field_table(cls)}"
+        return f"{docstring(cls, self)}\n\n{listed}\n\n.. rubric:: Fields\n\n{field_table(cls)}"
 
 
 class Fields(Rendered):
@@ -133,7 +139,7 @@ class Fields(Rendered):
         cls = getattr(import_module(module), name)
         if not is_dataclass(cls):
             raise self.error(f"{argument} is not a dataclass")
-        return f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{field_table(cls)}"
+        return f"{docstring(cls, self)}\n\n{field_table(cls)}"
 
 
 class Parts(Rendered):
