@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparing.core.errors import IncompatibleStep, InvalidValue, did_you_mean
+from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError, did_you_mean
 from sparing.core.ledger import Figure, Notes
 
 if TYPE_CHECKING:
@@ -99,8 +99,14 @@ class Job:
         return replace(self, **changes)
 
     def fork(self, reason: str, **changes: Any) -> Job:
-        """A child for an inner pipeline: its own store key, and rows that go to a sub-ledger called ``reason``."""
-        return replace(self, store=self.store.child(f"fork:{reason}"), notes=self.notes.child(reason), **changes)
+        """A child for an inner pipeline: its own store key, and rows that go to a sub-ledger called ``reason``.
+
+        ``changes`` are fields of the child (data, model, seed …) and must follow from the job and the step's fields,
+        since the key knows only those and the reason. A reason names one fork of a step.
+        """
+        self._not_while_storing("fork")
+        store = replace(self.store.child("fork", reason), seed=changes.get("seed", self.seed))
+        return replace(self, store=store, notes=self.notes.child(reason), **changes)
 
     def record(
         self,
@@ -112,7 +118,15 @@ class Job:
         interval: tuple[float, float] | None = None,
     ) -> None:
         """Add a figure to this step's row of the ledger."""
+        self._not_while_storing("record")
         self.notes.figures[name] = Figure(value, unit, how, better, interval)
+
+    def _not_while_storing(self, action: str) -> None:
+        if self.store.cost.depth:
+            raise SparingError(
+                f"{action}() was called while job.store.once computes a result: what it does would be lost when the "
+                "result is read from the store; return what is needed from the computation and call it afterwards"
+            )
 
     def row(self, row_id: str) -> Predictor:
         """The predictor of an earlier row; raises :class:`InvalidValue` naming the rows there are."""
