@@ -1,7 +1,8 @@
 """The one table of our own parts: name → where it lives and what it is, in one line.
 
-Reading it imports nothing, so ``sparing list`` answers at once. Third parties add parts of their own through entry points
-of the groups ``sparing.tasks``, ``sparing.steps``, ``sparing.models``, ``sparing.predictors``, ``sparing.operations``.
+Reading it imports nothing, so ``sparing list`` answers at once. Third parties add parts of their own through entry
+points of the groups ``sparing.tasks``, ``sparing.steps``, ``sparing.models``, ``sparing.predictors`` and
+``sparing.operations``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,18 @@ class Part(NamedTuple):
 
 PARTS: dict[str, dict[str, Part]] = {
     "tasks": {
+        "fashion_mnist": Part(
+            "sparing.tasks.images.published:FashionMNIST",
+            "Fashion-MNIST: grey images of clothes, 28×28, 10 classes (Xiao, Rasul and Vollgraf 2017).",
+        ),
+        "cifar10": Part(
+            "sparing.tasks.images.published:CIFAR10",
+            "CIFAR-10: colour images of animals and vehicles, 32×32, 10 classes (Krizhevsky 2009).",
+        ),
+        "image_folder": Part(
+            "sparing.tasks.images.folder:ImageFolder",
+            "Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),

@@ -75,6 +75,19 @@ def write_atomic(target: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a finished file of the same folder its name: synced, renamed, folder synced. For files written in pieces."""
+    try:
+        _at("fsync", target)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        _at("rename", target)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise _storage_error("write", target, error) from error
+
+
 @contextmanager
 def folder_atomic(target: Path) -> Iterator[Path]:
     """A scratch folder that takes ``target``'s place, replacing an older one, when the block ends without an error."""

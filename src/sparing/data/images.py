@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from sparing.core.predictor import Preprocessing
 
-Corruption = Callable[[np.ndarray, int], np.ndarray]
-"""(uint8 image (H, W, C), its index in the split) → uint8 image of the same shape."""
+Corruption = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(uint8 images (n, H, W, C), their indices in the split (n,)) → uint8 images of the same shape."""
 
 
 class ImageSource(Protocol):
@@ -178,9 +178,14 @@ class LabelledImages:
     def pixels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Uint8 (n, H, W, C): decoded, brought to the model's size and, in a corrupted view, corrupted."""
         indices = np.asarray(indices, dtype=np.int64)
-        images = self._apply(self.raw(indices), self._stages[0])
+        raws = self.raw(indices)
+        try:
+            images = self._apply(raws, self._stages[0])
+        except DataError:
+            self._name_the_damaged(indices, raws)
+            raise
         if self._corrupt is not None:
-            images = np.stack([self._corrupt.apply(image, int(i)) for i, image in zip(indices, images, strict=True)])
+            images = self._corrupt.apply(images, indices)
         return images
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,13 +206,22 @@ class LabelledImages:
         return operations[:cut], operations[cut:]
 
     def _apply(self, raws: Any, operations: Sequence[Any]) -> Any:
-        """Errors of single files name the file, which the operations cannot know."""
         images: ImageBatch = raws
         for operation in operations:
             images = operation(images)
         if not isinstance(images, np.ndarray):
             raise DataError(f"{self.where}: images of different sizes after preprocessing; add a resize to it")
         return images
+
+    def _name_the_damaged(self, indices: np.ndarray, raws: Any) -> None:
+        """Operations know an image's place in the batch; say which file or record it is."""
+        place = getattr(self.source, "where", lambda row: f"{self.where}: record {row}")
+        for index, raw in zip(indices, raws, strict=True):
+            try:
+                self._apply([raw], self._stages[0])
+            except DataError as error:
+                reason = str(error).split(": ", 1)[-1]
+                raise DataError(f"{place(int(self.rows[index]))}: {reason}") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = int(index)

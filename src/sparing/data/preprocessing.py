@@ -44,7 +44,7 @@ def decode_image(raw: Any, mode: Mode = "RGB", where: str = "image") -> np.ndarr
     from PIL import Image
 
     if isinstance(raw, str | Path):
-        where = str(raw) if where == "image" else f"{where} ({raw})"
+        where = str(raw) if where == "image" else f"{where} ({raw})"  # a path says more than a number
         raw = _file_bytes(Path(raw), where)
     if isinstance(raw, bytes | bytearray | memoryview):
         return _decode_bytes(bytes(raw), mode, where)

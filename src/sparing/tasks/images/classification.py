@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -104,7 +104,7 @@ class ImageClassification(Task):
         """``in_channels``, ``num_classes`` and ``image_size``."""
         return {"in_channels": self.in_channels, "num_classes": len(self.labels), "image_size": self.image_size}
 
-    model: ClassVar[Mapping[str, Any]] = {}
+    model: Mapping[str, Any] = {}
     """Fields of the default model, a "convnet"."""
 
     def default_model(self) -> nn.Module:
@@ -120,9 +120,7 @@ class ImageClassification(Task):
 
     def corruptions(self, split: Any) -> Mapping[str, LabelledImages]:
         """Noise, blur and loss of contrast at fixed severity (see :mod:`sparing.tasks.images.corruptions`)."""
-        functions: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] = corruption_functions(
-            self.full, self.image_size
-        )
+        functions = corruption_functions(self.full, self.image_size)
         if not isinstance(split, LabelledImages):
             raise InvalidValue(f"{self.name}: corruptions are defined on raw images, not on a {type(split).__name__}")
         return {name: split.corrupted(name, function) for name, function in functions.items()}

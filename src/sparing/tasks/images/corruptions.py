@@ -2,7 +2,7 @@
 
 Kinds and severities are those of CIFAR-10-C at severity 3 of 5 (Hendrycks and Dietterich 2019, "Benchmarking Neural
 Network Robustness to Common Corruptions and Perturbations"); blur grows with the image above 32 pixels. Each is a pure
-function of the image and its index in the split, so batch size and order do not matter.
+function of images and their indices in the split; how they are batched does not matter.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ CONTRAST = 0.4
 _SEED = 20_190_402
 
 
-def gaussian_noise(image: np.ndarray, index: int, full: float = 255.0, sigma: float = NOISE) -> np.ndarray:
-    """Add independent noise N(0, (sigma·full)²) to every value of (H, W, C); seeded by ``index``."""
-    noise = np.random.RandomState((_SEED + index) % (1 << 32)).standard_normal(image.shape)
-    return _to_uint8(image + noise * (sigma * full), full)
+def gaussian_noise(images: np.ndarray, indices: np.ndarray, full: float = 255.0, sigma: float = NOISE) -> np.ndarray:
+    """Add independent noise N(0, (sigma·full)²) to every value of (n, H, W, C); each image's is seeded by its index."""
+    noise = np.empty(images.shape, np.float32)
+    for position, index in enumerate(indices):
+        generator = np.random.Generator(np.random.Philox(key=(_SEED << 32) + int(index)))
+        generator.standard_normal(out=noise[position], dtype=np.float32)
+    return _to_uint8(images + noise * np.float32(sigma * full), full)
 
 
-def gaussian_blur(image: np.ndarray, index: int, full: float = 255.0, sigma: float = BLUR) -> np.ndarray:
-    """Gaussian filter of standard deviation ``sigma`` pixels over (H, W); edges are repeated. ``index`` is ignored."""
+def gaussian_blur(images: np.ndarray, indices: np.ndarray, full: float = 255.0, sigma: float = BLUR) -> np.ndarray:
+    """Gaussian filter of ``sigma`` pixels over H and W of (n, H, W, C); edges are repeated. ``indices`` are ignored."""
     from scipy.ndimage import gaussian_filter
 
-    return _to_uint8(gaussian_filter(image.astype(np.float32), (sigma, sigma, 0), mode="nearest"), full)
+    return _to_uint8(gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"), full)
 
 
-def contrast(image: np.ndarray, index: int, full: float = 255.0, factor: float = CONTRAST) -> np.ndarray:
-    """Shrink the distance of every value to its channel's mean to ``factor`` of it. ``index`` is ignored."""
-    mean = image.mean(axis=(0, 1), keepdims=True)
-    return _to_uint8((image - mean) * factor + mean, full)
+def contrast(images: np.ndarray, indices: np.ndarray, full: float = 255.0, factor: float = CONTRAST) -> np.ndarray:
+    """Shrink each value's distance to the mean of its image's channel to ``factor`` of it. ``indices`` are ignored."""
+    mean = images.mean(axis=(1, 2), keepdims=True, dtype=np.float32)
+    return _to_uint8((images - mean) * np.float32(factor) + mean, full)
 
 
 def _to_uint8(values: np.ndarray, full: float) -> np.ndarray:

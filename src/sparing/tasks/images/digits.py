@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ class Digits(ImageClassification):
     image_size = 8
     full: ClassVar[float] = 16.0
     normalisation = ((0.3053,), (0.3763,))
-    model: ClassVar[dict[str, Any]] = {"widths": [32, 64, 128], "depths": 2}
+    model: Mapping[str, Any] = {"widths": [32, 64, 128], "depths": 2}
 
     def read(self, root: Path | None) -> Splits:
         """Embedded: ``root`` is not looked at."""

@@ -1,0 +1,91 @@
+"""The published data sets Sparing reads: which there are, what lies in the data root, and whether it is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparing.core.errors import SparingError, UnknownName, did_you_mean
+from sparing.core.files import sha256_of
+from sparing.data.cifar import CIFAR10, read_cifar10
+from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
+from sparing.data.root import Source, data_root, fetch_files
+
+Reader = Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]
+"""(data root, train?) → (images uint8 (N, H, W, C), labels (N,))."""
+
+READERS: dict[str, tuple[Source, Reader]] = {
+    FASHION_MNIST.name: (FASHION_MNIST, read_fashion_mnist),
+    CIFAR10.name: (CIFAR10, read_cifar10),
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line of ``sparing data list``."""
+
+    name: str
+    summary: str
+    licence: str
+    folder: str
+    present: bool
+    """Whether its folder is there and holds a file; ``check`` reads it."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ``sparing data check`` found: records of each split, files with digests, or what is wrong."""
+
+    name: str
+    ok: bool
+    splits: dict[str, int]
+    files: dict[str, str]
+    """File → "as published", or "readable, SHA-256 …" for another packing of the content."""
+    problem: str = ""
+
+
+def _known(name: str) -> tuple[Source, Reader]:
+    if name not in READERS:
+        raise UnknownName(
+            f"unknown data set {name!r}.{did_you_mean(name, READERS)} Known: {', '.join(sorted(READERS))}"
+        )
+    return READERS[name]
+
+
+def listing(root: Path | str | None = None) -> list[Listed]:
+    """All data sets Sparing has a reader for, and whether the data root has a folder for each."""
+    base = data_root(root)
+    lines = []
+    for source, _ in READERS.values():
+        folder = source.folder(base)
+        present = folder.is_dir() and any(folder.iterdir())
+        lines.append(Listed(source.name, source.summary, source.licence, str(folder), present))
+    return lines
+
+
+def check(name: str, root: Path | str | None = None) -> Checked:
+    """Read a data set whole, and compare the digests of its files with the published ones."""
+    source, read = _known(name)
+    base = data_root(root)
+    splits: dict[str, int] = {}
+    try:
+        for split in ("train", "test"):
+            splits[split] = len(read(base, split == "train")[1])
+    except SparingError as error:
+        return Checked(name, False, splits, {}, str(error))
+    files = {}
+    for file in source.files:
+        path = source.folder(base) / file.name
+        if path.is_file():
+            digest = sha256_of(path)
+            files[file.name] = "as published" if digest == file.sha256 else f"readable, SHA-256 {digest}"
+    return Checked(name, True, splits, files)
+
+
+def fetch(name: str, root: Path | str | None = None) -> list[Path]:
+    """Download what is missing of a data set into the data root; resumes, and checks every digest."""
+    source, _ = _known(name)
+    return fetch_files(source, data_root(root))
