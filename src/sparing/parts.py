@@ -35,7 +35,12 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),
     },
-    "steps": {},
+    "steps": {
+        "train": Part(
+            "sparing.core.training.step:Train",
+            "Train the model on the task's training data with an optimizer and schedule of torch, by Lightning.",
+        ),
+    },
     "models": {
         "convnet": Part(
             "sparing.models.convnet:ConvNet",

@@ -1,0 +1,170 @@
+"""The step ``train``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from sparing.core.errors import IncompatibleStep
+from sparing.core.step import Stage, Step, step
+from sparing.core.training.fit import FitResult, fit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparing.core.job import Job, TrainingPlan
+
+
+@step("train")
+class Train(Step):
+    """Train the model on the task's training data with an optimizer and schedule of torch, by Lightning."""
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+    gives: ClassVar[frozenset[str]] = frozenset({"trained"})
+    realises: ClassVar[frozenset[str]] = frozenset({"training"})
+    source: ClassVar[str] = "ours"
+
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training data; not looked at when ``max_steps`` is set."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to train for, however many epochs that takes."""
+    batch_size: int = Field(default=128, ge=1)
+    """Samples per batch, of all processes together."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch when it is not full."""
+    optimizer: str = "AdamW"
+    """A class of ``torch.optim``, in any case: AdamW, SGD …"""
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    optimizer_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, e.g. {momentum: 0.9}."""
+    scheduler: str = ""
+    """A class of ``torch.optim.lr_scheduler``, "cosine" or "one_cycle", stepped after each optimizer step; "": none."""
+    scheduler_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the schedule, lengths in optimizer steps; T_max, total_steps, total_iters: all by default."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear growth of the learning rate before the schedule begins."""
+    gradient_clip: float | None = Field(default=None, gt=0)
+    """Largest Euclidean norm of the gradient of all parameters."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches per optimizer step."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read data; the result does not depend on their number."""
+    validate_every: int = Field(default=1, ge=1)
+    """Epochs between validations; the last epoch is always validated."""
+    monitor: Literal["headline", "loss"] = "headline"
+    """What early stopping and the best epoch go by: the task's headline metric or its loss, on the validation data."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after so many validations without a better value."""
+    restore_best: bool = False
+    """Hand on the weights of the best validation instead of the last."""
+    nan_patience: int = Field(default=10, ge=1)
+    """So many batches in a row with a NaN or infinite loss end the training; fewer are skipped and counted."""
+    precision: str = "32-true"
+    """Passed to Lightning, as are accelerator, devices, strategy and num_nodes."""
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    """"auto" with several devices of one machine: "ddp_fork", which does not run the user's command again."""
+    num_nodes: int = Field(default=1, ge=1)
+    deterministic: bool = True
+    """Use deterministic kernels only; without them a run on a GPU is not repeated bit for bit."""
+    logger: Literal["", "csv"] = ""
+    """"csv": Lightning's CSV logger writes into ``log_folder``. The ledger has the curves in any case."""
+    log_folder: str = "logs"
+    checkpoint_every_s: float = Field(default=10.0, gt=0)
+    """Seconds between the states from which a killed training goes on; more when saving takes over 5 % of the time."""
+    checkpoint_every_batches: int | None = Field(default=None, ge=1)
+    """Batches between these states, instead of seconds."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        if name not in {"AdamW", "Adam", "SGD"}:  # so that the usual ones need no torch to be checked
+            from sparing.core.training.optimization import optimizer_class
+
+            optimizer_class(name)
+        return name
+
+    @field_validator("optimizer_args")
+    @classmethod
+    def _known_optimizer_args(cls, args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if args and "optimizer" in info.data:
+            from sparing.core.training.optimization import optimizer_class
+
+            optimizer_class(info.data["optimizer"], args)
+        return args
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        if name not in {"", "cosine", "one_cycle"}:
+            from sparing.core.training.optimization import scheduler_class
+
+            scheduler_class(name)
+        return name
+
+    @field_validator("scheduler_args")
+    @classmethod
+    def _known_scheduler_args(cls, args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if args and info.data.get("scheduler"):
+            from sparing.core.training.optimization import scheduler_class
+
+            scheduler_class(info.data["scheduler"], args)
+        elif args:
+            raise ValueError("these are arguments of a schedule, but no scheduler is named")
+        return args
+
+    def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
+        """The model to train and the plan to train it by. Subclasses override this, e.g. to add a loss term.
+
+        Called with random generators seeded from the job, also when the result is read from the store, so it must be
+        cheap (load what is costly inside the plan's factories) and always make the same model.
+        """
+        return job.fresh_model(), job.training
+
+    def apply(self, job: Job) -> Job:
+        """The job with the trained model, its predictor, and an emptied training plan."""
+        from sparing.core.job import TrainingPlan
+        from sparing.core.predictor import ModulePredictor
+        from sparing.core.randomness import isolated_rng
+        from sparing.core.store import JSON, TENSORS, All
+
+        def prepare() -> tuple[nn.Module, TrainingPlan]:
+            with isolated_rng(job.seed, self.name, "prepare"):
+                return self.prepare(job)
+
+        def compute() -> dict[str, Any]:
+            model, plan = prepare()
+            result = fit(model, job.task, job.train, job.val, self, plan, job.seed, job.store.progress("model"))
+            return {"weights": dict(result.model.state_dict()), "record": result.record()}
+
+        stored = job.store.once("model", compute, All({"weights": TENSORS, "record": JSON}))
+        trained, _ = prepare()
+        load_weights(trained, stored["weights"])
+        result = FitResult.of(trained, stored["record"])
+        self.report(job, result)
+        return job.replace(model=trained, predictor=ModulePredictor(trained, job.task), training=TrainingPlan())
+
+    def report(self, job: Job, result: FitResult) -> None:
+        """Tell the ledger what the training took and how it went."""
+        job.record("training samples", result.samples, "", better="lower")
+        job.record("optimizer steps", result.steps, "", better="lower")
+        if result.best_epoch is not None:
+            job.record("best epoch", result.best_epoch, "", better="")
+        if result.skipped:
+            job.record("skipped batches", result.skipped, "", better="lower")
+        job.notes.curves.update(result.curves)
+        job.notes.remarks.extend(result.remarks)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Fill ``model``; raises :class:`IncompatibleStep` when the training left a model of another structure."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise IncompatibleStep(
+            f"the trained model has another structure than the one the training was given; a model_wraps entry must "
+            f"undo what it changed: {error}"
+        ) from error
