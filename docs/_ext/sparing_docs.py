@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from docutils import nodes
@@ -142,6 +143,15 @@ class Fields(Rendered):
         return f"{docstring(cls, self)}\n\n{field_table(cls)}"
 
 
+class Json(Rendered):
+    """``.. json:: module:function``: what a function without arguments returns, as JSON."""
+
+    def text(self, argument: str) -> str:
+        module, _, name = argument.partition(":")
+        shown = json.dumps(getattr(import_module(module), name)(), indent=2, ensure_ascii=False)
+        return ".. code-block:: json\n\n" + indent(shown, "   ")
+
+
 class Parts(Rendered):
     """``.. parts:: KIND``: every registered part of a kind with its one-line summary."""
 
@@ -226,14 +236,14 @@ class Command(Rendered):
         )
         if done.returncode:
             raise self.error(f"{argument} ended with {done.returncode}: {done.stderr.strip()}")
-        shown = "\n".join(f"   {line}".rstrip() for line in done.stdout.splitlines())
-        return f".. code-block:: text\n\n   $ {argument}\n{shown}\n"
+        return ".. code-block:: text\n\n" + indent(f"$ {argument}\n{done.stdout}", "   ")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     for name, directive in {
         "step": StepReference,
         "fields": Fields,
+        "json": Json,
         "parts": Parts,
         "errors": Errors,
         "claims": Claims,
