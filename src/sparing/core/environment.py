@@ -1,0 +1,94 @@
+"""The machine and the versions a ledger was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "lightning", "onnxruntime", "onnx", "numpy", "scipy")
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+"""CPU features that decide how fast a number format is."""
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """JSON values: Sparing's version and revision, packages, Python, operating system, CPU and its features."""
+    import sparing
+    from sparing.core.clock import usable_cores
+
+    model, flags = _cpu()
+    return {
+        "sparing": sparing.__version__,
+        "revision": _revision(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpu": model,
+        "cpu_features": [name for name in FEATURES if name in flags],
+        "cores": os.cpu_count() or 1,
+        "usable_cores": len(usable_cores()),
+        "omp_threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "memory_mib": _memory_mib(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """(model name, feature flags); no flags where the system has no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = entries.get("flags", entries.get("Features", ""))
+    return entries.get("model name") or platform.processor() or platform.machine(), set(flags.split())
+
+
+def _memory_mib() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total) >> 20
+
+
+def _revision() -> str:
+    """The commit this source is checked out at, marked when it was changed since; empty for an installed package."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
