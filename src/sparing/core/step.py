@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
 
 from sparing.core.errors import InvalidValue, did_you_mean
 
@@ -130,6 +131,9 @@ def step(name: str) -> Callable[[StepType], StepType]:
 
     def decorate(cls: StepType) -> StepType:
         cls.name = name
+        for default in vars(cls).values():
+            if isinstance(default, FieldInfo):
+                default.kw_only = True  # or pydantic checks them before all plain fields, whatever the order written
         made = pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)
         validated_init = made.__init__
 
@@ -156,6 +160,8 @@ def field_problems(cls: type[Step], error: ValidationError) -> list[str]:
             lines.append(f"{cls.name}: unknown field {place!r}.{did_you_mean(place, known)} Fields: {', '.join(known)}")
         elif item["type"] in {"missing", "missing_keyword_only_argument", "missing_argument"}:
             lines.append(f"{cls.name}: field {place!r} is required")
+        elif not place:  # raised by __post_init__, about several fields
+            lines.append(f"{cls.name}: {item['msg'].removeprefix('Value error, ')}")
         else:
             lines.append(f"{cls.name}: {place} = {item['input']!r}: {item['msg']}")
     return lines
