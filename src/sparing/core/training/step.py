@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from sparing.core.errors import IncompatibleStep
+from sparing.core.errors import IncompatibleStep, InvalidValue
 from sparing.core.step import Stage, Step, step
 from sparing.core.training.fit import FitResult, fit
 
@@ -78,43 +78,19 @@ class Train(Step):
     checkpoint_every_batches: int | None = Field(default=None, ge=1)
     """Batches between these states, instead of seconds."""
 
-    @field_validator("optimizer")
-    @classmethod
-    def _known_optimizer(cls, name: str) -> str:
-        if name not in {"AdamW", "Adam", "SGD"}:  # so that the usual ones need no torch to be checked
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # the usual choices need no torch to be checked
+        if self.optimizer not in {"AdamW", "Adam", "SGD"} or self.optimizer_args:
             from sparing.core.training.optimization import optimizer_class
 
-            optimizer_class(name)
-        return name
-
-    @field_validator("optimizer_args")
-    @classmethod
-    def _known_optimizer_args(cls, args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if args and "optimizer" in info.data:
-            from sparing.core.training.optimization import optimizer_class
-
-            optimizer_class(info.data["optimizer"], args)
-        return args
-
-    @field_validator("scheduler")
-    @classmethod
-    def _known_scheduler(cls, name: str) -> str:
-        if name not in {"", "cosine", "one_cycle"}:
+            optimizer_class(self.optimizer, self.optimizer_args)
+        if self.scheduler_args and not self.scheduler:
+            raise InvalidValue(f"scheduler_args = {self.scheduler_args}, but no scheduler is named")
+        if self.scheduler not in {"", "cosine", "one_cycle"} or self.scheduler_args:
             from sparing.core.training.optimization import scheduler_class
 
-            scheduler_class(name)
-        return name
-
-    @field_validator("scheduler_args")
-    @classmethod
-    def _known_scheduler_args(cls, args: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if args and info.data.get("scheduler"):
-            from sparing.core.training.optimization import scheduler_class
-
-            scheduler_class(info.data["scheduler"], args)
-        elif args:
-            raise ValueError("these are arguments of a schedule, but no scheduler is named")
-        return args
+            scheduler_class(self.scheduler, self.scheduler_args)
 
     def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
         """The model to train and the plan to train it by. Subclasses override this, e.g. to add a loss term.
