@@ -79,6 +79,8 @@ class Job:
     store: BoundStore
     root: Path | None = None
     """The data folder, for ``job.task.splits(job.root)``."""
+    data_key: str = ""
+    """Fingerprint of the task and its data; empty when they have none."""
     training: TrainingPlan = field(default_factory=TrainingPlan)
     predictor: Predictor | None = None
     capabilities: frozenset[str] = frozenset()

@@ -12,9 +12,9 @@ import numpy as np
 
 from sparing.core import files
 from sparing.core.errors import IncompatibleStep, InvalidValue, NotExportable, RecipeError, SparingError, did_you_mean
-from sparing.core.fingerprint import NoFingerprint, environment_fingerprint
+from sparing.core.fingerprint import NoFingerprint, environment_fingerprint, fingerprint
 from sparing.core.job import Job
-from sparing.core.ledger import Figure, Ledger, Notes, Row
+from sparing.core.ledger import CPU, WALL, Figure, Ledger, Notes, Row
 from sparing.core.meter import Meter, comparable
 from sparing.core.randomness import isolated_rng
 from sparing.core.recipe import PartRef, Recipe, load_recipe
@@ -297,18 +297,18 @@ def run(
     for position, seed in enumerate(numbers):
         job, test, remarks = _start(recipe, checked.task, checked.meter, seed, root, store)
 
-        def keep(row: Row, outcomes: np.ndarray | None) -> Row:
+        def keep(job: Job, row: Row, outcomes: np.ndarray | None) -> None:
+            ledger.tasks = {**ledger.tasks, job.task.name: job.data_key}
             kept = ledger.add(row, outcomes)
             if folder:
                 ledger.save(folder)
             if on_row:
                 on_row(kept)
-            return kept
 
         try:
             job = _run_steps(job, recipe, test, remarks, keep)
         except SparingError as error:
-            ledger.stop(f"seed {seed}: {error}")
+            ledger.stop(" ".join([f"seed {seed}:", str(error), *getattr(error, "__notes__", ())]))
             if folder:
                 ledger.save(folder)
             raise
@@ -359,7 +359,7 @@ def _start(
             model = _build(recipe.model, task)
         if recipe.trained:
             predictor = ModulePredictor(model, task)
-    bound, remarks = _bind(store, task, splits, recipe.model, model, meter, seed)
+    data_key, bound, remarks = _bind(store, task, splits, recipe.model, model, meter, seed)
     capabilities = task.capabilities | frozenset(getattr(model, "capabilities", ()))
     job = Job(
         task=task,
@@ -370,6 +370,7 @@ def _start(
         seed=seed,
         store=bound,
         root=root,
+        data_key=data_key,
         predictor=predictor,
         capabilities=capabilities | ({"trained"} if recipe.trained else frozenset()),
         meter=meter,
@@ -389,21 +390,19 @@ def _build(model: Any, task: Task) -> Any:
 
 def _bind(
     store: Store, task: Task, splits: Splits, source: Any, model: Any, meter: Meter, seed: int
-) -> tuple[BoundStore, list[str]]:
-    """The store's view for this job; one that keeps nothing, and a remark, when something has no fingerprint."""
+) -> tuple[str, BoundStore, list[str]]:
+    """The data's key, the job's view of the store (one that keeps nothing without fingerprints), and remarks."""
     import torch
 
+    data_key = ""
     try:
+        data_key = fingerprint([task, splits])
         named = [source.name, dict(source.fields)] if isinstance(source, PartRef) else None
         content = named or (source if isinstance(source, Path) else model)
-        return (
-            store.bind(
-                environment_fingerprint(torch.get_num_threads()), task, splits, content, asdict(meter), seed=seed
-            ),
-            [],
-        )
+        environment_key = environment_fingerprint(torch.get_num_threads())
+        return data_key, store.bind(environment_key, data_key, content, asdict(meter), seed=seed), []
     except NoFingerprint as error:
-        return BoundStore(None, (), seed), [f"nothing of this run is kept for later runs: {error}"]
+        return data_key, BoundStore(None, (), seed), [f"nothing of this run is kept for later runs: {error}"]
 
 
 def _run_steps(
@@ -411,11 +410,12 @@ def _run_steps(
     recipe: Recipe,
     test: Any,
     remarks: list[str],
-    keep: Callable[[Row, np.ndarray | None], Row],
+    keep: Callable[[Job, Row, np.ndarray | None], None],
 ) -> Job:
     if job.predictor is not None:
-        job, row, outcomes = _finish(job, job, None, test, remarks)
-        keep(row, outcomes)
+        job, row, outcomes = _finish(job, job, None, test)
+        keep(job, replace(row, remarks=[*remarks, *row.remarks]), outcomes)
+        remarks = []
     for index, step in enumerate(recipe.steps):
         try:
             after, row, outcomes = advance(job, step, test)
@@ -424,15 +424,16 @@ def _run_steps(
             raise
         if after.task is not job.task:
             test = after.task.splits(after.root).test
-        if index == 0 and remarks:
-            row = replace(row, remarks=[*remarks, *row.remarks])
-        keep(row, outcomes)
+        keep(after, replace(row, remarks=[*remarks, *row.remarks]) if index == 0 else row, outcomes)
         job = after
     return job
 
 
 def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | None]:
-    """Apply one step to a job and measure what it became: (job, row, per-unit outcomes of the headline)."""
+    """Apply one step to a job and measure what it became: (job, row, per-unit outcomes of the headline).
+
+    ``test`` is the test split of the job's task.
+    """
     missing = sorted(step.needs - job.capabilities)
     if missing:
         raise IncompatibleStep(
@@ -450,17 +451,18 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
     if after.task is not job.task:
         capabilities = (capabilities - job.task.capabilities) | after.task.capabilities
         splits = after.task.splits(after.root)
-        after = after.replace(store=replace(bound.child("data", splits), cost=bound.cost))
+        moved, data_key = bound.child("data", after.task, splits), ""
+        if moved.store is not None:
+            data_key = fingerprint([after.task, splits])
+        after = after.replace(store=replace(moved, cost=bound.cost), data_key=data_key)
         test = splits.test
     else:
         after = after.replace(store=bound)
     capabilities = (capabilities - step.removes) | step.gives
-    return _finish(job, after.replace(capabilities=capabilities, notes=before.notes), step, test, [])
+    return _finish(job, after.replace(capabilities=capabilities, notes=before.notes), step, test)
 
 
-def _finish(
-    job: Job, after: Job, step: Step | None, test: Any, remarks: list[str]
-) -> tuple[Job, Row, np.ndarray | None]:
+def _finish(job: Job, after: Job, step: Step | None, test: Any) -> tuple[Job, Row, np.ndarray | None]:
     """Measure the job's predictor, if this step made a new one, and write the row."""
     notes, cost = after.notes, after.store.cost
     row_id = step.id if step else "given"
@@ -469,13 +471,14 @@ def _finish(
     outcomes: np.ndarray | None = None
     runtime = kind = ""
     if after.predictor is not None and (step is None or after.predictor is not job.predictor):
-        deployed = _deployed(after, notes.remarks)
+        after = _settle_runtime(after)
+        deployed = _deployed(after)
         runtime, kind = deployed.runtime, after.predictor.kind
         figures, outcomes, by_class = _measure(after, deployed, test)
     figures |= notes.figures
     if step is not None:
-        figures["wall"] = Figure(cost.wall_s, "s", note="making this row's results, also when they were stored")
-        figures["cpu"] = Figure(cost.cpu_s, "s", note="this process and its finished children")
+        figures[WALL] = Figure(cost.wall_s, "s", note="making this row's results, when they were made")
+        figures[CPU] = Figure(cost.cpu_s, "s", note="this process and its finished children")
     row = Row(
         id=row_id,
         step=step.name if step else "given",
@@ -490,7 +493,7 @@ def _finish(
         by_class=by_class,
         curves=notes.curves,
         candidates=notes.candidates,
-        remarks=[*remarks, *notes.remarks],
+        remarks=list(notes.remarks),
         sub={reason: child.rows for reason, child in notes.children.items()},
         config=step.config() if step else {},
     )
@@ -498,7 +501,18 @@ def _finish(
     return after.replace(earlier=earlier, notes=job.notes), row, outcomes
 
 
-def _deployed(job: Job, remarks: list[str] | None = None) -> Predictor:
+def _settle_runtime(job: Job) -> Job:
+    """The job with a meter that can measure its predictor: torch's for all rows from the first that has no export."""
+    assert job.meter is not None
+    try:
+        _deployed(job)
+    except NotExportable as error:
+        job.notes.remarks.append(f"measured in torch, as are the rows after it: {error}")
+        return job.replace(meter=replace(job.meter, runtime="module"))
+    return job
+
+
+def _deployed(job: Job) -> Predictor:
     """The job's predictor in the runtime all rows of its task are measured in."""
     assert job.predictor is not None
     assert job.meter is not None
@@ -506,12 +520,7 @@ def _deployed(job: Job, remarks: list[str] | None = None) -> Predictor:
     if predictor.kind != "module" or meter.runtime == "module":
         return comparable(predictor, task, meter.runtime)
     bound = job.store.child("deployed")
-    try:
-        return bound.once("predictor", lambda: comparable(predictor, task, meter.runtime), PREDICTOR)
-    except NotExportable as error:
-        if remarks is not None:
-            remarks.append(f"measured in torch: {error}")
-        return predictor
+    return bound.once("predictor", lambda: comparable(predictor, task, meter.runtime), PREDICTOR)
 
 
 def _measure(
