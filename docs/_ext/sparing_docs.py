@@ -103,7 +103,10 @@ def field_table(cls: type) -> str:
         kind = re.sub(r"~?(?:[a-z_]\w*\.)+([A-Z]\w*)", r"\1", kind.replace("~", ""))
         text = documented.get(item.name) or (info.description if info and info.description else "")
         rows.append([f"``{item.name}``", f"``{kind}``", bounds(info), default(item, info), text])
-    return table(["field", "type", "allowed", "default", "meaning"], rows)
+    head = ["field", "type", "allowed", "default", "meaning"]
+    if not any(row[2] for row in rows):
+        head, rows = [h for h in head if h != "allowed"], [[*row[:2], *row[3:]] for row in rows]
+    return table(head, rows)
 
 
 class Rendered(SphinxDirective):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic.fields import FieldInfo
 
 from sparing.core.errors import InvalidValue, did_you_mean
 
@@ -131,9 +130,6 @@ def step(name: str) -> Callable[[StepType], StepType]:
 
     def decorate(cls: StepType) -> StepType:
         cls.name = name
-        for default in vars(cls).values():
-            if isinstance(default, FieldInfo):
-                default.kw_only = True  # or pydantic checks them before all plain fields, whatever the order written
         made = pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)
         validated_init = made.__init__
 
