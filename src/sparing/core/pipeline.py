@@ -94,8 +94,8 @@ def plan(
     recipe = _cut(recipe, until, problems)
     task, meter = _task(recipe, problems), _meter(recipe, problems)
     if task is not None:
-        _check_model(recipe, task, problems)
-        check_steps(recipe, task, problems)
+        of_model = _planned_model(recipe, task, problems)
+        check_steps(recipe, task, of_model, problems)
     if problems or task is None or meter is None:
         raise RecipeError(problems)
     planned, remarks = _look_up(recipe, task, meter, Path(data) if data else None, store or Store())
@@ -132,26 +132,45 @@ def _meter(recipe: Recipe, problems: list[str]) -> Meter | None:
         return None
 
 
-def _check_model(recipe: Recipe, task: Task, problems: list[str]) -> None:
-    """Build a named model without its weights, to find wrong fields before anything runs."""
-    if isinstance(recipe.model, Path) and not (recipe.model / "sparing.json").is_file():
-        problems.append(f"{recipe.name}: model path {recipe.model} is not a saved model (it holds no sparing.json)")
-    if isinstance(recipe.model, PartRef):
-        import torch
+def _planned_model(recipe: Recipe, task: Task, problems: list[str]) -> frozenset[str]:
+    """What the model is capable of; that it cannot be built or loaded is a problem found before anything runs."""
+    import torch
 
-        from sparing.core.predictor import build_model
+    from sparing.core.predictor import load
 
-        try:
-            with torch.device("meta"), isolated_rng(0):
-                build_model(recipe.model.name, task, **recipe.model.fields)
-        except (TypeError, SparingError) as error:
-            problems.append(f"{recipe.model.place}: model {recipe.model.name}: {error}")
+    source = recipe.model
+    place = source.place if isinstance(source, PartRef) else recipe.name
+    model: Any = source
+    try:
+        if isinstance(source, Path):
+            model = getattr(load(source), "model", None)
+        elif source is None or isinstance(source, PartRef):
+            with isolated_rng(0):
+                try:
+                    with torch.device("meta"):  # without its weights
+                        model = _build(source, task)
+                except (NotImplementedError, RuntimeError, SparingError) as error:
+                    if "meta" not in str(error):
+                        raise
+                    model = _build(source, task)  # it looks at values while it is built
+    except (TypeError, SparingError) as error:
+        problems.append(f"{place}: model {source.name if isinstance(source, PartRef) else source}: {error}")
+    return capabilities_of(model)
 
 
-def check_steps(recipe: Recipe, task: Task, problems: list[str]) -> None:
+def capabilities_of(model: Any) -> frozenset[str]:
+    """What steps may expect of a model: what it declares, and "module" for a torch module that can be trained or cut.
+
+    A model that was loaded from a folder of another kind, e.g. an ONNX graph, has no module.
+    """
+    if model is None or isinstance(model, Path | PartRef):
+        return frozenset()
+    return frozenset(getattr(model, "capabilities", ())) | {"module"}
+
+
+def check_steps(recipe: Recipe, task: Task, of_model: frozenset[str], problems: list[str]) -> None:
     """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names."""
-    builder = resolve("models", recipe.model.name) if isinstance(recipe.model, PartRef) else recipe.model
-    capabilities = task.capabilities | frozenset(getattr(builder, "capabilities", ()))
+    capabilities = task.capabilities | of_model
     stand = _Standing(set(capabilities), set(task.capabilities))
     if recipe.trained:
         stand.capabilities.add("trained")
@@ -360,7 +379,7 @@ def _start(
         if recipe.trained:
             predictor = ModulePredictor(model, task)
     data_key, bound, remarks = _bind(store, task, splits, recipe.model, model, meter, seed)
-    capabilities = task.capabilities | frozenset(getattr(model, "capabilities", ()))
+    capabilities = task.capabilities | capabilities_of(model)
     job = Job(
         task=task,
         train=splits.train,
