@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from sparing.core.errors import InvalidValue, did_you_mean
@@ -24,9 +25,10 @@ def _classes(module: Any, base: type) -> dict[str, type]:
 def _find(kind: str, name: str, known: Mapping[str, Any], more: Iterable[str] = ()) -> Any:
     by_lower = {key.lower(): thing for key, thing in known.items()}
     if name.lower() not in by_lower:
-        names = [*more, *sorted(known)]
-        close = did_you_mean(name, names) or did_you_mean(name.lower(), names)
-        raise InvalidValue(f"unknown {kind} {name!r}.{close} Known: {', '.join(names)}")
+        names = {alias.lower(): alias for alias in [*more, *sorted(known)]}
+        close = [names[word] for word in get_close_matches(name.lower(), names, n=1)]
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InvalidValue(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names.values())}")
     return by_lower[name.lower()]
 
 
