@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparing.compression.quantize import Quantize
+    from sparing.compression.quantization import Quantize
     from sparing.core.errors import (
         CorruptFile,
         DataError,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "sparing.compression.quantize": ("Quantize",),
+    "sparing.compression.quantization": ("Quantize",),
     "sparing.core.errors": (
         "CorruptFile",
         "DataError",

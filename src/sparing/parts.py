@@ -36,6 +36,22 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "steps": {
+        "distil": Part(
+            "sparing.distillation.logits:Distil",
+            "Train a student on the labels and on a teacher's softened outputs.",
+        ),
+        "export": Part(
+            "sparing.core.export:Export",
+            "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
+        ),
+        "quantize": Part(
+            "sparing.compression.quantization:Quantize",
+            "INT8 weights and activations through ONNX Runtime, kept only when they win.",
+        ),
+        "transfer": Part(
+            "sparing.core.transfer:Transfer",
+            "Go on with another task and its data; the model stays, but for a head that does not fit.",
+        ),
         "train": Part(
             "sparing.core.training.step:Train",
             "Train the model on the task's training data with an optimizer and schedule of torch, by Lightning.",

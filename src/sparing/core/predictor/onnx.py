@@ -93,26 +93,30 @@ class OnnxPredictor(Predictor):
 
     def __call__(self, *inputs: Any) -> Any:
         """Arrays (or tensors) in the tree the graph was exported with → arrays in its output tree."""
-        given = {path: to_numpy(leaf) for path, leaf in leaves(inputs)}
-        if sorted(given) != sorted(self.input_paths):
-            raise InvalidValue(f"the inputs are {sorted(given)}; this graph takes {sorted(self.input_paths)}")
-        feeds = {
-            item.name: _cast(np.asarray(given[path]), item.type, path)
-            for path, item in zip(self.input_paths, self.session.get_inputs(), strict=True)
-        }
+        feeds = self.feeds(*inputs)
         try:
             flat = self.session.run(None, feeds)
         except Exception as error:  # its exceptions have no common base
-            wanted = ", ".join(
-                f"{path}: {item.shape}" for path, item in zip(self.input_paths, self.session.get_inputs(), strict=True)
-            )
-            shapes = ", ".join(f"{path}: {list(np.shape(leaf))}" for path, leaf in given.items())
-            raise InvalidValue(f"the graph cannot run on inputs {shapes} (it takes {wanted}): {error}") from error
+            takes = ", ".join(f"{item.name}: {item.shape}" for item in self.session.get_inputs())
+            shapes = ", ".join(f"{name}: {list(array.shape)}" for name, array in feeds.items())
+            raise InvalidValue(f"the graph cannot run on {shapes} (it takes {takes}): {error}") from error
         return grow(self.output_shape, flat)
+
+    def feeds(self, *inputs: Any) -> dict[str, np.ndarray]:
+        """What the session is fed for these inputs: graph input name → array of the graph's dtype."""
+        given = {path: to_numpy(leaf) for path, leaf in leaves(inputs)}
+        if given.keys() != set(self.input_paths):
+            raise InvalidValue(f"the inputs are {sorted(given)}; this graph takes {sorted(self.input_paths)}")
+        return {
+            item.name: _cast(np.asarray(given[path]), item.type, path)
+            for path, item in zip(self.input_paths, self.session.get_inputs(), strict=True)
+        }
 
     def describe(self) -> Description:
         """Counts over the graph's weights (scales and zero points are not counted)."""
         if self._description is None:
+            from sparing.core.predictor.graph import weights_of
+
             layers, parameters, nonzero, formats = weights_of(self.graph())
             self._description = Description(
                 kind=self.kind,
@@ -172,7 +176,9 @@ class OnnxPredictor(Predictor):
         ):
             raise CorruptFile(f"an onnx predictor needs {GRAPH} and the settings inputs, outputs and origin")
         if b"location" in files[GRAPH]:  # the key every reference to external data has; spares importing onnx
-            _refuse_external(files[GRAPH])
+            from sparing.core.predictor.graph import refuse_external
+
+            refuse_external(files[GRAPH], GRAPH)
         try:
             predictor = cls(
                 files[GRAPH],
@@ -188,30 +194,6 @@ class OnnxPredictor(Predictor):
             raise CorruptFile(f"{GRAPH} does not fit its settings: {error}") from error
         predictor._description = described
         return predictor
-
-
-def _refuse_external(content: bytes) -> None:
-    import onnx
-
-    try:
-        model = onnx.load_model_from_string(content)
-    except Exception as error:  # protobuf's DecodeError
-        raise CorruptFile(f"{GRAPH} is not an ONNX graph: {error}") from error
-    for tensor in _all_tensors(model.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            raise CorruptFile(f"{GRAPH} keeps the tensor {tensor.name!r} in another file; a model folder must not")
-
-
-def _all_tensors(graph: Any) -> list[Any]:
-    found = list(graph.initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                found.append(attribute.t)
-            found.extend(attribute.tensors)
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                found.extend(_all_tensors(inner))
-    return found
 
 
 def _positions(shape: Any) -> list[int] | None:
@@ -249,105 +231,6 @@ def _cast(array: np.ndarray, wanted: str, path: str) -> np.ndarray:
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise InvalidValue(f"input {path} holds {array.dtype}; this graph takes {np.dtype(dtype)}")
     return array.astype(dtype)
-
-
-def weights_of(model: ModelProto) -> tuple[list[dict[str, Any]], int, int, set[str]]:
-    """(layers, parameters, non-zero parameters, number formats) of a graph's weights.
-
-    A weight is an initialiser of floats or quantised integers that a node reads as data: not a scale or zero point, not
-    a shape. A quantised weight is zero where it equals its zero point.
-    """
-    from onnx import numpy_helper
-
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    names = {1: "fp32", 10: "fp16", 11: "fp64", 16: "bf16", 2: "uint8", 3: "int8", 21: "uint4", 22: "int4", 6: "int32"}
-    layers: dict[str, dict[str, Any]] = {}
-    total = nonzero_total = 0
-    formats: set[str] = set()
-    for name, tensor in stored.items():
-        users = readers.get(name, [])
-        auxiliary = bool(users) and all(_is_auxiliary(node, name) for node in users)
-        quantised = any(node.op_type == "DequantizeLinear" and node.input[0] == name for node in users)
-        integer = tensor.data_type not in (1, 10, 11, 16)
-        if not users or auxiliary or (integer and not quantised and not _integer_weight(users, name)):
-            continue
-        values = numpy_helper.to_array(tensor)
-        zero = _zero_point(users, name, stored)
-        nonzero = int(np.count_nonzero(values != zero if zero is not None else values))
-        total, nonzero_total = total + values.size, nonzero_total + nonzero
-        if not (integer and tensor.data_type == 6):
-            formats.add(names.get(tensor.data_type, str(tensor.data_type)))
-        node = next((n for n in users), None)
-        if node is not None and node.op_type == "DequantizeLinear":
-            node = next(iter(readers.get(node.output[0], [node])))
-        if node is None:
-            continue
-        layer = layers.setdefault(
-            node.name or node.op_type,
-            {"name": node.name or node.op_type, "type": node.op_type, "parameters": 0, "nonzero": 0},
-        )
-        layer["parameters"] += values.size
-        layer["nonzero"] += nonzero
-        if values.ndim > 1:
-            layer["format"] = names.get(tensor.data_type, str(tensor.data_type))
-    return list(layers.values()), total, nonzero_total, formats
-
-
-_QUANTISED_OPERATORS: Mapping[str, Mapping[int, int]] = {
-    # operator → {input that is a weight: input that is its zero point}
-    "QLinearConv": {3: 5},
-    "QLinearMatMul": {3: 5},
-    "QGemm": {3: 5},
-    "MatMulInteger": {1: 3},
-    "ConvInteger": {1: 3},
-    "DynamicQuantizeMatMul": {1: 3},
-}
-
-
-def _integer_weight(users: Sequence[Any], name: str) -> bool:
-    return any(
-        position in _QUANTISED_OPERATORS.get(node.op_type, {})
-        for node in users
-        for position, given in enumerate(node.input)
-        if given == name
-    )
-
-
-def _zero_point(users: Sequence[Any], name: str, stored: Mapping[str, Any]) -> np.ndarray | None:
-    from onnx import numpy_helper
-
-    for node in users:
-        for position, given in enumerate(node.input):
-            if given != name:
-                continue
-            at = 2 if node.op_type == "DequantizeLinear" else _QUANTISED_OPERATORS.get(node.op_type, {}).get(position)
-            if at is not None and len(node.input) > at and node.input[at] in stored:
-                zero = numpy_helper.to_array(stored[node.input[at]])
-                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                rank = len(stored[name].dims)
-                if zero.ndim == 1 and zero.size > 1 and rank > 1:
-                    zero = zero.reshape([-1 if d == axis % rank else 1 for d in range(rank)])
-                return zero
-    return None
-
-
-def _is_auxiliary(node: Any, name: str) -> bool:
-    """True when ``name`` enters ``node`` as a scale, a zero point or another setting, not as data."""
-    positions = [index for index, given in enumerate(node.input) if given == name]
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip", "Pad", "Resize", "Reshape", "Expand", "Slice"):
-        return 0 not in positions
-    if node.op_type.startswith("QLinear") or node.op_type in (
-        "QGemm",
-        "MatMulInteger",
-        "ConvInteger",
-        "DynamicQuantizeMatMul",
-    ):
-        return not any(position in _QUANTISED_OPERATORS.get(node.op_type, {}) for position in positions)
-    return False
 
 
 def to_onnx(

@@ -16,7 +16,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from sparing.core.errors import InvalidValue, NotExportable
 from sparing.core.predictor.base import Context, Predictor
+from sparing.core.predictor.graph import strip
 from sparing.core.predictor.module import ModulePredictor, baked, example_of
 from sparing.core.predictor.onnx import OnnxPredictor
 from sparing.core.predictor.tree import grow, leaves, map_leaves, skeleton, to_numpy
@@ -67,14 +68,8 @@ def export(
         raise InvalidValue("exporting needs an example input: a tuple of model inputs, or a task that gives one")
     source = model if isinstance(model, ModulePredictor) else ModulePredictor(model, task, example=example)
     module = baked(source.model).cpu().eval()
-    inputs = tuple(map_leaves(_tensor, item) for item in example)
+    inputs = batched(example)
     flat = [leaf for _, leaf in leaves(inputs)]
-    if len(flat) == 0 or any(leaf.ndim == 0 for leaf in flat):
-        raise NotExportable("every input needs a batch dimension; the example holds a scalar or nothing")
-    if min(leaf.shape[0] for leaf in flat) < 2:
-        # a batch of one would be taken for a constant
-        inputs = map_leaves(lambda leaf: leaf.repeat_interleave(2, dim=0), inputs)
-        flat = [leaf for _, leaf in leaves(inputs)]
     paths = [path for path, _ in leaves(inputs)]
     expected = _run(module, inputs)
     for path, leaf in leaves(expected):
@@ -101,12 +96,24 @@ def export(
                 threads=threads,
             )
             made.origin["max_abs_diff"] = max(
-                _difference(made, module, inputs, tolerance), _difference(made, module, _more(inputs), tolerance)
+                difference(made, module, inputs, tolerance), difference(made, module, more(inputs), tolerance)
             )
+            made.attachments = dict(source.attachments)
             return made
         except Exception as error:  # exporters raise anything; the last reason is reported below
-            problems.append(f"{exporter.__name__.strip('_')}: {_reason(error)}")
+            problems.append(f"{exporter.__name__.strip('_')}: {reason(error)}")
     raise NotExportable(f"{type(source.model).__name__} cannot be written as ONNX. " + " | ".join(problems))
+
+
+def batched(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An example as tensors on the CPU, with a batch of at least 2: a batch of one would be taken for a constant."""
+    inputs = tuple(map_leaves(_tensor, item) for item in example)
+    flat = [leaf for _, leaf in leaves(inputs)]
+    if len(flat) == 0 or any(leaf.ndim == 0 for leaf in flat):
+        raise NotExportable("every input needs a batch dimension; the example holds a scalar or nothing")
+    if min(leaf.shape[0] for leaf in flat) >= 2:
+        return inputs
+    return tuple(map_leaves(lambda leaf: leaf.repeat_interleave(2, dim=0), item) for item in inputs)
 
 
 def _tensor(leaf: Any) -> Tensor:
@@ -166,8 +173,10 @@ def _trace(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], outputs
     import torch
 
     buffer = io.BytesIO()
+    # a failing trace prints its whole graph otherwise
+    getattr(torch._C, "_jit_set_onnx_log_enabled", bool)(False)
     # what tracing warns of are shapes (values were looked for before): constants, or a batch size the comparison finds
-    with _quiet():
+    with quiet():
         torch.onnx.export(
             module,
             tuple(flat),
@@ -185,7 +194,7 @@ def _torch_export(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], 
     import torch
 
     batch = torch.export.Dim("batch")
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             module,
             tuple(flat),
@@ -201,7 +210,7 @@ def _torch_export(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what the exporters say of their own inner workings; what they raise is reported."""
     import torch
 
@@ -232,45 +241,24 @@ def _tidy(content: bytes) -> bytes:
 
     model = onnx.load_model_from_string(content)
     strip(model)
+    for node in model.graph.node:
+        node.name = node.name.removeprefix("/model/")  # the wrapper's part of the layer path
     return model.SerializeToString(deterministic=True)
 
 
-def strip(model: Any) -> None:
-    """Remove documentation strings, metadata and intermediate shapes from a graph, in place."""
-
-    def visit(graph: Any) -> None:
-        for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-            part.ClearField("doc_string")
-            part.ClearField("metadata_props")
-        graph.ClearField("value_info")
-        for node in graph.node:
-            for attribute in node.attribute:
-                attribute.ClearField("doc_string")
-                for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                    visit(inner)
-
-    visit(model.graph)
-    model.ClearField("metadata_props")
-    model.ClearField("doc_string")
-    for function in model.functions:
-        function.ClearField("doc_string")
-        function.ClearField("metadata_props")
-        function.ClearField("value_info")
-        for node in function.node:
-            node.ClearField("doc_string")
-            node.ClearField("metadata_props")
-
-
-def _more(inputs: Any) -> Any:
+def more(inputs: Any) -> Any:
     """The example with one row more, in another order."""
     import torch
 
     return map_leaves(lambda leaf: torch.cat([leaf.flip(0), leaf[:1]]), inputs)
 
 
-def _difference(graph: OnnxPredictor, module: nn.Module, inputs: Any, tolerance: float) -> float:
+def difference(graph: Callable[..., Any], module: nn.Module, inputs: Any, tolerance: float) -> float:
+    """The largest difference of what ``graph`` and ``module`` answer; more than ``tolerance`` is refused."""
     worst = 0.0
-    for (path, one), (_, other) in zip(leaves(graph(*inputs)), leaves(_run(module, inputs)), strict=True):
+    for (path, one), (_, other) in zip(
+        leaves(map_leaves(to_numpy, graph(*inputs))), leaves(_run(module, inputs)), strict=True
+    ):
         reference = np.asarray(to_numpy(other))
         if one.shape != reference.shape:
             raise NotExportable(f"output {path or '0'} has shape {one.shape}, the module's is {reference.shape}")
@@ -288,7 +276,7 @@ def _difference(graph: OnnxPredictor, module: nn.Module, inputs: Any, tolerance:
     return worst
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What an exporter's innermost error says, without colours and advice on the exporter."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__

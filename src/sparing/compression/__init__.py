@@ -1,0 +1,1 @@
+"""Economies that make a trained model smaller."""

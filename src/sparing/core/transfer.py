@@ -1,0 +1,154 @@
+"""The step ``transfer``: another task and its data, the same model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from sparing.core import registry
+from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError
+from sparing.core.step import Stage, Step, step
+from sparing.core.task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparing.core.job import Job
+
+
+def transfer_model(model: nn.Module, old: Task, new: Task) -> tuple[nn.Module, list[str]]:
+    """(a copy of ``model`` for the task ``new``, names of the layers that begin anew).
+
+    A model with a spec is built again with what the new task tells its builder, then takes over every tensor of equal
+    shape. Only layers at the end of the model, in order of definition, may differ in shape: the head. For a model built
+    by hand, the last linear layer is replaced when the tasks differ in their number of labels. Raises
+    :class:`IncompatibleStep` naming a tensor and both its shapes when the trunk differs.
+    """
+    import copy
+
+    import torch
+
+    from sparing.core.predictor import build_model, spec_of
+
+    spec = spec_of(model)
+    if spec is None:
+        moved, begun = _new_head(copy.deepcopy(model), len(old.labels), len(new.labels))
+    else:
+        own = {name: value for name, value in spec.config.items() if name not in old.model_fields()}
+        moved = build_model(spec.builder, new, **own)
+        begun = _take_over(moved, model.state_dict(), f"{old.name} → {new.name}")
+    try:
+        with torch.no_grad():
+            copy.deepcopy(moved).eval()(*new.example_input(2))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise IncompatibleStep(f"the model does not run on an input of the task {new.name!r}: {error}") from error
+    return moved, begun
+
+
+def _take_over(moved: nn.Module, state: dict[str, Any], where: str) -> list[str]:
+    import torch
+
+    own = moved.state_dict()
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in own))
+    different = {
+        name.rpartition(".")[0]: name for name in own if name not in state or state[name].shape != own[name].shape
+    }
+    first = next((index for index, layer in enumerate(layers) if layer in different), len(layers))
+    kept_after = [layer for layer in layers[first:] if layer not in different]
+    if first == 0 or kept_after:
+        name = different[layers[first]]
+        before = tuple(state[name].shape) if name in state else "absent"
+        raise IncompatibleStep(
+            f"{where}: {name!r} is {before} in the model and {tuple(own[name].shape)} for the new task, and it is not "
+            "part of the model's last layers; only a head may begin anew"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name.rpartition(".")[0] not in different:
+                tensor.copy_(state[name])
+    return list(different)
+
+
+def _new_head(model: nn.Module, old_labels: int, new_labels: int) -> tuple[nn.Module, list[str]]:
+    from torch import nn
+
+    if old_labels == new_labels:
+        return model, []
+    linear = [(name, module) for name, module in model.named_modules() if name and isinstance(module, nn.Linear)]
+    if not linear or linear[-1][1].out_features != old_labels:
+        found = f"its last linear layer gives {linear[-1][1].out_features}" if linear else "it has no linear layer"
+        raise IncompatibleStep(
+            f"the tasks have {old_labels} and {new_labels} labels, and the model's head cannot be told: {found}; make "
+            "the model with build_model, so that it can be built for another task"
+        )
+    name, head = linear[-1]
+    parent, _, attribute = name.rpartition(".")
+    fresh = nn.Linear(head.in_features, new_labels, head.bias is not None).to(head.weight)
+    setattr(model.get_submodule(parent), attribute, fresh)
+    return model, [name]
+
+
+@step("transfer")
+class Transfer(Step):
+    """Go on with another task and its data; the model stays, but for a head that does not fit.
+
+    Pre-train on one task, ``transfer``, then train on the other: fine-tuning. Ledger differences are formed between
+    rows of one task only, and the job has no predictor until the model is trained again.
+    """
+
+    stage: ClassVar[Stage] = Stage.DATA
+    removes: ClassVar[frozenset[str]] = frozenset({"trained"})
+    source: ClassVar[str] = "ours"
+
+    task: str | Task
+    """The registered task to go on with, or a task made in Python."""
+    fields: dict[str, Any] = Field(default_factory=dict)
+    """Fields of a task given by name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.task, str) and self.fields:
+            raise InvalidValue(f"{self.id}: fields belong to a task given by name; this one is made already")
+        self.target_task()
+
+    @cached_property
+    def _target(self) -> Task:
+        if isinstance(self.task, Task):
+            return self.task
+        made = registry.resolve("tasks", self.task)
+        try:
+            return made(**self.fields)
+        except SparingError:
+            raise
+        except TypeError as error:
+            raise InvalidValue(
+                f"{self.id}: the task {self.task!r} cannot be made with {self.fields}: {error}"
+            ) from error
+
+    def target_task(self) -> Task:
+        """The task this step changes the job to."""
+        return self._target
+
+    def apply(self, job: Job) -> Job:
+        """The job on the new task's training, validation and calibration data, without a predictor."""
+        from sparing.core.randomness import isolated_rng
+
+        if not job.training.empty:
+            raise IncompatibleStep(
+                f"{self.id!r}: the training plan made for the task {job.task.name!r} has not been used; train first"
+            )
+        task = self.target_task()
+        splits = task.splits(job.root)
+        with isolated_rng("transfer", job.seed, self.id):
+            model, begun = transfer_model(job.model, job.task, task)
+        job.notes.remarks.append(f"{job.task.name} → {task.name}; begun anew: {', '.join(begun) or 'no layer'}")
+        return job.replace(
+            task=task,
+            train=splits.train,
+            val=splits.val,
+            calibration=splits.calibration,
+            model=model,
+            predictor=None,
+        )

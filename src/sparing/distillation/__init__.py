@@ -1,0 +1,1 @@
+"""Economies that teach a small model by a large one."""

@@ -1,0 +1,177 @@
+"""Distillation of logits (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sparing.core import registry
+from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.step import RowId, step
+from sparing.core.training import Train
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparing.core.job import Job, TrainingPlan
+    from sparing.core.predictor import Predictor
+    from sparing.core.task import Task
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    *,
+    dim: int = 1,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """T² · KL(softmax(v/T) ‖ softmax(z/T)), with student logits z and teacher logits v: a scalar.
+
+    The soft targets are equation 1 of Hinton et al. 2015. Their cross-entropy, which the paper minimises, has the same
+    gradient as this divergence; the factor T² is the paper's, and keeps that gradient's size when T changes.
+
+    Args:
+        student_logits: (N, C) or (N, C, …), classes along ``dim``.
+        teacher_logits: the same shape; no gradient flows into it.
+        temperature: T > 0; 1 leaves the teacher's probabilities as they are.
+        dim: which dimension holds the classes.
+        reduction: "mean" over all positions but the classes, or their "sum".
+
+    Raises:
+        InvalidValue: shapes that differ, or T ≤ 0.
+    """
+    from torch.nn.functional import kl_div, log_softmax
+
+    if student_logits.shape != teacher_logits.shape:
+        raise InvalidValue(
+            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
+            f"{tuple(teacher_logits.shape)}; they must be equal"
+        )
+    if not temperature > 0:
+        raise InvalidValue(f"temperature = {temperature}; more than 0 is needed")
+    total = kl_div(
+        log_softmax(student_logits / temperature, dim=dim),
+        log_softmax(teacher_logits.detach() / temperature, dim=dim),
+        reduction="sum",
+        log_target=True,
+    )
+    positions = student_logits.numel() // student_logits.shape[dim] if reduction == "mean" else 1
+    return total * (temperature**2 / positions)
+
+
+def distillation_term(
+    teacher: Predictor, task: Task, temperature: float, weight: float
+) -> Callable[[Tensor, Any, Any, nn.Module], Tensor]:
+    """A loss term for a :class:`TrainingPlan`: (1 − weight) · loss so far + weight · :func:`distillation_loss`.
+
+    A module teacher runs on the student's device; any other is asked for arrays.
+    """
+    import torch
+
+    from sparing.core.predictor import ModulePredictor
+
+    def teach(batch: Any, device: torch.device) -> Tensor:
+        with torch.no_grad():
+            if isinstance(teacher, ModulePredictor):
+                answer = task.outputs(teacher.model.to(device), batch)
+            else:
+                answer = torch.as_tensor(task.outputs(teacher, batch))
+        return answer.to(device)
+
+    def term(loss: Tensor, outputs: Any, batch: Any, model: nn.Module) -> Tensor:
+        if not isinstance(outputs, torch.Tensor):
+            raise IncompatibleStep(
+                f"distillation of logits needs a model whose output is one tensor; it gives a {type(outputs).__name__}"
+            )
+        soft = distillation_loss(
+            outputs, teach(batch, outputs.device).to(outputs.dtype), temperature, reduction=task.loss_reduction
+        )
+        return (1 - weight) * loss + weight * soft
+
+    return term
+
+
+@step("distil")
+class Distil(Train):
+    """Train a student on the labels and on a teacher's softened outputs.
+
+    The fields of ``train`` hold for the student's training. With ``weight=0`` the teacher is not asked, and the result
+    equals that of ``train`` on the same model, bit for bit: the control.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"classification"})
+    source: ClassVar[str] = "Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 2"
+
+    teacher: RowId | None = None
+    """The earlier row whose model teaches."""
+    teacher_folder: Path | None = None
+    """A saved model's folder, instead of an earlier row."""
+    model: Any = None
+    """The student: a registered model's name, {name: …, field: value}, or a module. None: the job's model as it stands,
+    with its weights."""
+    temperature: float = Field(default=4.0, gt=0)
+    """T: how far both sides' outputs are softened."""
+    weight: float = Field(default=0.9, ge=0, le=1)
+    """Share of the soft loss; the labels' loss has the rest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.teacher is None) == (self.teacher_folder is None):
+            raise InvalidValue(f"{self.id}: give one of teacher (an earlier row) and teacher_folder (a saved model)")
+        if isinstance(self.model, Mapping):
+            if not isinstance(self.model.get("name"), str):
+                raise InvalidValue(f"{self.id}: model = {dict(self.model)}: the key 'name' is needed")
+        elif self.model is not None and not isinstance(self.model, str) and not hasattr(self.model, "state_dict"):
+            raise InvalidValue(
+                f"{self.id}: model = {self.model!r}; a registered model's name, {{name: …, field: value}} or a module "
+                "is expected"
+            )
+        name = self.model.get("name") if isinstance(self.model, Mapping) else self.model
+        if isinstance(name, str) and ":" not in name and name not in registry.parts("models"):
+            registry.resolve("models", name)  # raises, naming the closest
+
+    def student(self, job: Job) -> nn.Module:
+        """The untrained student; a named one begins as the same model does in a recipe that names it."""
+        import copy
+
+        from sparing.core.predictor import build_model
+        from sparing.core.randomness import isolated_rng
+
+        if self.model is None:
+            return job.fresh_model()
+        if not isinstance(self.model, str | Mapping):
+            return copy.deepcopy(self.model)
+        name, fields = (self.model, {}) if isinstance(self.model, str) else (self.model["name"], dict(self.model))
+        fields.pop("name", None)
+        with isolated_rng("model", job.seed):
+            return build_model(name, job.task, **fields)
+
+    def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
+        """The student, and the plan with the distillation term after all others."""
+        student = self.student(job)
+        if self.weight == 0:
+            return student, job.training
+        teacher, task, temperature, weight = self.find_teacher(job), job.task, self.temperature, self.weight
+        return student, job.training.adding(loss_terms=lambda: distillation_term(teacher, task, temperature, weight))
+
+    def find_teacher(self, job: Job) -> Predictor:
+        """The predictor that teaches."""
+        from sparing.core.predictor import load
+
+        if self.teacher is not None:
+            return job.row(self.teacher)
+        assert self.teacher_folder is not None
+        return load(self.teacher_folder)
+
+    def apply(self, job: Job) -> Job:
+        """The job with the trained student."""
+        after = super().apply(job)
+        taught = self.teacher or self.teacher_folder
+        job.notes.remarks.append(
+            f"taught by {str(taught)!r} at temperature {self.temperature:g}, weight {self.weight:g}"
+        )
+        return after
