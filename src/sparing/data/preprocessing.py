@@ -19,15 +19,20 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.predictor.preprocessing import Operation
 
 MAX_PIXELS = 1 << 26
-"""Largest number of pixels (width × height) that an encoded image may declare; checked before anything is decoded."""
+"""Largest number of pixels (width × height) of an image; checked before anything is decoded."""
 
-MAX_ENCODED_BYTES = 1 << 28
+SMALL_PIXELS = 1 << 24
+PIXELS_PER_BYTE = 256
+"""An encoded image above SMALL_PIXELS may not declare more than PIXELS_PER_BYTE pixels for each byte it has."""
+
+MAX_ENCODED_BYTES = 1 << 26
 """Largest encoded image file that is read."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """Encodings that are opened. Others are refused: some of Pillow's decoders start foreign programs."""
 
 CHANNELS = {"L": 1, "RGB": 3}
+_ORIENTATION = 0x0112  # EXIF tag
 
 Mode = Literal["L", "RGB"]
 ImageBatch = np.ndarray | list[np.ndarray]
@@ -84,7 +89,7 @@ def _decode_bytes(content: bytes, mode: Mode, where: str) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return _pixels(image, mode, where)
+                return _pixels(image, mode, where, max(SMALL_PIXELS, PIXELS_PER_BYTE * len(content)))
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error …
@@ -92,13 +97,14 @@ def _decode_bytes(content: bytes, mode: Mode, where: str) -> np.ndarray:
         raise DataError(f"{where}: {reason}; a whole image file ({', '.join(FORMATS)}) is expected") from error
 
 
-def _pixels(image: Any, mode: Mode, where: str) -> np.ndarray:
+def _pixels(image: Any, mode: Mode, where: str, most: int = MAX_PIXELS) -> np.ndarray:
     from PIL import Image, ImageOps
 
     width, height = image.size
-    if width * height > MAX_PIXELS or width * height == 0:
-        raise DataError(f"{where}: declares {width}×{height} pixels; 1 to {MAX_PIXELS} are accepted")
-    image = ImageOps.exif_transpose(image)
+    if not 0 < width * height <= min(most, MAX_PIXELS):
+        raise DataError(f"{where}: declares {width}×{height} pixels; 1 to {min(most, MAX_PIXELS)} are accepted")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in {"I", "F"}:

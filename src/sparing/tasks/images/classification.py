@@ -119,10 +119,13 @@ class ImageClassification(Task):
         return [np.random.RandomState(0).randint(0, int(self.full) + 1, shape).astype(np.uint8)]
 
     def corruptions(self, split: Any) -> Mapping[str, LabelledImages]:
-        """Noise, blur and loss of contrast at fixed severity (see :mod:`sparing.tasks.images.corruptions`)."""
-        functions = corruption_functions(self.full, self.image_size)
+        """Noise, blur and loss of contrast at fixed severity (see :mod:`sparing.tasks.images.corruptions`).
+
+        They act on raw pixels; a split that holds none (not :class:`LabelledImages`) has no corrupted form.
+        """
         if not isinstance(split, LabelledImages):
-            raise InvalidValue(f"{self.name}: corruptions are defined on raw images, not on a {type(split).__name__}")
+            return {}
+        functions = corruption_functions(self.full, self.image_size)
         return {name: split.corrupted(name, function) for name, function in functions.items()}
 
     def definition(self) -> dict[str, Any]:

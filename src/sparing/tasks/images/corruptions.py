@@ -34,9 +34,14 @@ def gaussian_noise(images: np.ndarray, indices: np.ndarray, full: float = 255.0,
 
 def gaussian_blur(images: np.ndarray, indices: np.ndarray, full: float = 255.0, sigma: float = BLUR) -> np.ndarray:
     """Gaussian filter of ``sigma`` pixels over H and W of (n, H, W, C); edges are repeated. ``indices`` are ignored."""
-    from scipy.ndimage import gaussian_filter
+    from scipy.ndimage import gaussian_filter1d
 
-    return _to_uint8(gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"), full)
+    # The filter is linear: as matrices for rows and columns it is many times faster on small images.
+    rows, columns = (
+        gaussian_filter1d(np.eye(n, dtype=np.float32), sigma, 0, mode="nearest") for n in images.shape[1:3]
+    )
+    channels_first = np.moveaxis(images, -1, 1).astype(np.float32)
+    return _to_uint8(np.moveaxis(rows @ channels_first @ columns.T, 1, -1), full)
 
 
 def contrast(images: np.ndarray, indices: np.ndarray, full: float = 255.0, factor: float = CONTRAST) -> np.ndarray:
