@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -34,6 +34,18 @@ if TYPE_CHECKING:
 
 Runtime = Literal["onnxruntime", "module"]
 T = TypeVar("T")
+
+
+class Examples(Protocol):
+    """What can be measured without knowing what is right: the part of a :class:`Task` that makes example inputs."""
+
+    def example_input(self, batch: int = 2) -> tuple[Any, ...]:
+        """See :meth:`Task.example_input`."""
+        ...
+
+    def raw_example(self) -> Sequence[Any] | None:
+        """See :meth:`Task.raw_example`."""
+        ...
 
 
 class Measurement(NamedTuple):
@@ -99,7 +111,12 @@ class Meter:
         ``predictor`` is measured as it is: hand in what :func:`comparable` returns. What the row cost to make is the
         pipeline's to add, and the break-even point the ledger's.
         """
-        figures, outcomes, by_class = self.quality(task, predictor, split)
+        quality = self.quality(task, predictor, split)
+        return Measurement(quality.figures | self.costs(task, predictor), quality.outcomes, quality.by_class)
+
+    def costs(self, task: Examples, predictor: Predictor) -> dict[str, Figure]:
+        """Sizes, counts, times, memory and energy; the inputs are the task's examples."""
+        figures: dict[str, Figure] = {}
         description = predictor.describe()
         with self._threads_of(predictor), tempfile.TemporaryDirectory(prefix="sparing-meter-") as scratch:
             inputs = map_leaves(to_numpy, task.example_input(1))
@@ -110,7 +127,7 @@ class Meter:
             figures |= _speed(timings, self.batch, self.threads, predictor)
             figures |= _memory(found, missing)
             figures[columns.ENERGY] = self._energy(description, found, missing)
-        return Measurement(figures, outcomes, by_class)
+        return figures
 
     def quality(self, task: Task, predictor: Predictor, split: Any) -> Measurement:
         """The task's metrics, the headline under each of the task's corruptions, and the gap between groups."""
@@ -146,7 +163,7 @@ class Meter:
             threads=self.threads,
         )
 
-    def _timings(self, task: Task, predictor: Predictor, inputs: tuple[Any, ...]) -> dict[str, Timing]:
+    def _timings(self, task: Examples, predictor: Predictor, inputs: tuple[Any, ...]) -> dict[str, Timing]:
         calls: dict[str, Callable[[], Any]] = {"call": partial(predictor, *inputs)}
         raw = task.raw_example()
         if raw is not None and predictor.preprocessing is not None:
