@@ -59,6 +59,7 @@ SILENCED = (
     r".*does not have many workers.*",  # the caller chose the number of workers
     r".*Consider setting `persistent_workers=True`.*",
     r".*your dataloader is not resumable.*",  # ours is, by its batch sampler
+    r".*is smaller than the logging interval.*",  # curves are logged by their own rule
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*available but not used.*",  # a device the caller did not ask for
     r".*lr_scheduler\.step\(\)` before `optimizer\.step\(\)`.*",  # wrong after a restart, where torch forgets the count
@@ -247,6 +248,16 @@ class Training(pl.LightningModule):
         """Back-propagate, unless the loss is not finite: then there is no gradient (a scaler sees to it itself)."""
         if self.finite or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             loss.backward(*args, **kwargs)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """One step; what back-propagation or the optimizer refuse (sparse gradients, say) names them."""
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+            raise InvalidValue(f"batch {batch_idx} of epoch {epoch}: {name} cannot make a step: {error}") from error
 
     def _all(self, flag: bool) -> bool:
         vote = torch.tensor([float(flag)], device=self.device)
