@@ -8,6 +8,7 @@ import pytest
 
 pytest_plugins = ["pytester"]
 CONFTEST = (Path(__file__).parents[1] / "conftest.py").read_text()
+SHAPES = (Path(__file__).parents[1] / "shapes.py").read_text()
 
 
 def test_a_foreign_address_is_refused():
@@ -57,6 +58,7 @@ def test_oracles_are_read_from_the_named_folder_and_must_exist(pytester):
 
 
 def test_shapes_flag_checks_annotations(pytester):
+    pytester.makepyfile(shapes=SHAPES)
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(
         """
