@@ -466,7 +466,7 @@ class Saver(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """After the validation, unless this was the last epoch."""
         epoch = trainer.current_epoch + 1
-        if True:
+        if not trainer.should_stop and epoch != trainer.max_epochs:
             self._save_if(trainer, pl_module, self.every_batches is not None, (epoch, 0))
 
     def _save_if(self, trainer: pl.Trainer, module: Training, counted: bool, position: tuple[int, int]) -> None:
