@@ -1,0 +1,7 @@
+"""``python -m sparing.cli``."""
+
+import sys
+
+from sparing.cli import main
+
+sys.exit(main())
