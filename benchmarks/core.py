@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims import Claim, main
 
+from claims import Claim, main
 from sparing.core.ledger import MODEL_BYTES, P50, Ledger
 from sparing.core.statistics import t_interval
 
