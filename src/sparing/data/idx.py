@@ -7,10 +7,10 @@ the values in row-major order, big-endian.
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         packed = path.stat().st_size
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _read(file, path, packed)  # type: ignore[arg-type]
+            return _read(file, path, packed)
     except (OSError, EOFError, zlib.error) as error:
         reason = "is a folder" if path.is_dir() else f"cannot be read: {error}"
         raise DataError(
@@ -72,7 +72,7 @@ def read_idx(path: Path) -> np.ndarray:
         ) from error
 
 
-def _read(file: BinaryIO, path: Path, packed: int) -> np.ndarray:
+def _read(file: io.BufferedIOBase, path: Path, packed: int) -> np.ndarray:
     start = file.read(4)
     if len(start) < 4 or start[:2] != b"\0\0":
         raise DataError(f"{path}: begins with {start!r}; an IDX file begins with two zero bytes, a type and a rank")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ Corruption = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(uint8 images (n, H, W, C), their indices in the split (n,)) → uint8 images of the same shape."""
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Where raw images come from."""
 

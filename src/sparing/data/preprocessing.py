@@ -175,7 +175,7 @@ class Decode(Operation):
         if self.mode not in CHANNELS:
             raise InvalidValue(f"decode: mode = {self.mode!r}; one of {', '.join(CHANNELS)} is expected")
 
-    def __call__(self, batch: Sequence[Any]) -> ImageBatch:
+    def __call__(self, batch: Sequence[Any] | np.ndarray) -> ImageBatch:
         """Raw inputs → images; :class:`DataError` names the index of the input that cannot be read."""
         if isinstance(batch, np.ndarray) and batch.ndim in (3, 4) and batch.dtype != object:
             array = batch[..., None] if batch.ndim == 3 else batch

@@ -46,7 +46,7 @@ class ImageFolder(ImageClassification):
         test_share: float = 0.2,
         val_share: float = 0.1,
         calibration_share: float = 0.05,
-        memory_mb: float = 512,
+        memory_mb: int | float = 512,
     ) -> None:
         super().__init__()
         if isinstance(size, bool) or not isinstance(size, int) or not 4 <= size <= 2048:
