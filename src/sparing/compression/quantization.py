@@ -346,7 +346,7 @@ class Quantize(Step):
                 "in_float": len(chosen.in_float),
                 "remarks": [
                     f"calibrated on {sum(_rows(feed) for feed in feeds)} samples",
-                    f"operators in float: {', '.join(chosen.in_float) or 'none'}",
+                    f"operators in float: {'all' if chosen is fp32 else ', '.join(chosen.in_float) or 'none'}",
                 ],
             },
         }

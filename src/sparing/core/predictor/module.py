@@ -20,6 +20,7 @@ from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.tree import map_leaves, to_numpy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from sparing.core.predictor.folder import Manifest
@@ -139,7 +140,7 @@ class ModulePredictor(Predictor):
         super().__init__(task, threads=threads)
         try:
             self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise InvalidValue(f"the model {type(model).__name__} cannot be copied: {error}") from error
         self.example = example_of(task, 1) if example is None else example
         self._description: Description | None = None
@@ -153,15 +154,9 @@ class ModulePredictor(Predictor):
         """Arrays or tensors in any tree → arrays in the tree the module returns."""
         import torch
 
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-
-        def place(leaf: Any) -> Any:
-            if isinstance(leaf, np.ndarray):
-                leaf = torch.from_numpy(np.require(leaf, requirements=["C", "W"]))
-            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-
+        device = _device(self.model)
         with torch.inference_mode(), _torch_threads(self.threads):
-            return map_leaves(to_numpy, self.model(*(map_leaves(place, item) for item in inputs)))
+            return map_leaves(to_numpy, self.model(*_tensors_of(inputs, device)))
 
     def describe(self) -> Description:
         """Counts over the module; multiply-accumulates by :data:`MACS_RULE` when an example input is known."""
@@ -268,14 +263,27 @@ def _check_trust(builder: str, trust: Collection[str]) -> None:
 
 
 def baked(model: nn.Module) -> nn.Module:
-    """A copy whose parametrised tensors (weight norm, masks, low-rank factors …) are plain parameters."""
+    """A copy whose parametrised tensors (weight norm, masks, low-rank factors …) are plain parameters or buffers.
+
+    Not by torch's ``remove_parametrizations``: copies share the class it takes the properties from, so that it would
+    break the original.
+    """
+    from torch import nn
     from torch.nn.utils import parametrize
 
     plain = copy.deepcopy(model)
     for module in list(plain.modules()):
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        if not parametrize.is_parametrized(module):
+            continue
+        values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
+        trained = {name: any(True for _ in module.parametrizations[name].parameters()) for name in values}  # type: ignore[index,union-attr]
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in values.items():
+            if trained[name]:
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            else:
+                module.register_buffer(name, value)
     return plain
 
 
@@ -407,7 +415,7 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            copy.deepcopy(model).eval()(*example)
+            copy.deepcopy(model).eval()(*_tensors_of(example, _device(model)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.mkldnn.set_flags(_enabled=onednn[0])
@@ -418,6 +426,24 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
         if name.startswith(prefix)
     }
     return counter.get_total_flops() // 2 // batch, by_module
+
+
+def _device(model: nn.Module) -> torch.device:
+    import torch
+
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _tensors_of(inputs: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    """Arrays and tensors in any tree → tensors on ``device``; other leaves as they are."""
+    import torch
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            leaf = torch.from_numpy(np.require(leaf, requirements=["C", "W"]))
+        return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tuple(map_leaves(place, item) for item in inputs)
 
 
 @contextmanager
