@@ -17,7 +17,8 @@ import numpy as np
 
 from sparing.core.statistics import quantile_interval
 
-MIN_ROUNDS = 15
+SEGMENTS = 9
+MIN_ROUNDS = 2 * SEGMENTS
 BLOCK_SECONDS = 0.015
 MAX_BLOCK = 4096
 WARM_UP_SECONDS = 0.05
@@ -32,8 +33,8 @@ class Timing:
 
     p50: float
     interval: tuple[float, float] | None
-    """95 % interval of the p50, None for too few rounds: order statistics of the block medians, widened to hold the p50
-    of each third of the measuring time, because blocks that drift are not independent."""
+    """95 % interval of the p50, None for too few rounds: order statistics of the p50s of nine consecutive stretches of
+    the measuring time, which stay independent where neighbouring blocks are not."""
     p99: float | None
     """None for fewer than P99_REPETITIONS repetitions."""
     p99_interval: tuple[float, float] | None
@@ -53,8 +54,8 @@ def clock(
     calls: Mapping[str, Callable[[], Any]],
     *,
     precision: float = 0.03,
-    min_seconds: float = 1.5,
-    max_seconds: float = 8.0,
+    min_seconds: float = 2.0,
+    max_seconds: float = 6.0,
     threads: int = 1,
 ) -> dict[str, Timing]:
     """Time every call, in turns, until the 95 % interval of each p50 is within ``precision`` of it.
@@ -121,11 +122,12 @@ def _p50(blocks: list[np.ndarray]) -> tuple[float, tuple[float, float] | None]:
     """(p50, interval) in nanoseconds; no interval for fewer than MIN_ROUNDS blocks."""
     medians = np.array([np.median(block) for block in blocks])
     p50 = float(np.median(medians))
-    ranks = quantile_interval(medians)
-    if len(medians) < MIN_ROUNDS or ranks is None:
+    if len(medians) < MIN_ROUNDS:
         return p50, None
-    thirds = [float(np.median(part)) for part in np.array_split(medians, 3)]
-    return p50, (min(ranks[0], *thirds), max(ranks[1], *thirds))
+    stretches = np.array([np.median(part) for part in np.array_split(medians, SEGMENTS)])
+    bounds = quantile_interval(stretches)
+    assert bounds is not None  # nine values bound their median on both sides
+    return p50, (min(bounds[0], p50), max(bounds[1], p50))
 
 
 def _within(found: tuple[float, tuple[float, float] | None], precision: float) -> bool:

@@ -90,7 +90,7 @@ class Meter:
     """Batch size of the throughput column."""
     precision: float = Field(default=0.03, gt=0, le=0.5)
     """Repeat until the 95 % interval of the p50 is within this share of it; a row that gets there too late is noisy."""
-    min_seconds: float = Field(default=1.5, ge=0)
+    min_seconds: float = Field(default=2.0, ge=0)
     """Spend at least this long on the clocks, so that the interval has seen some of the machine's weather."""
     max_seconds: float = Field(default=6.0, gt=0)
     """Spend at most this long on the clocks."""

@@ -60,7 +60,8 @@ class Table:
         used = 0
         for column in self.columns:
             cells = [column, *(line[column].text for line in self.lines if column in line)]
-            needed = 2 + max(cell_len(part) for cell in cells for part in cell.split("\n"))
+            # a ratio may fold onto a second line
+            needed = 3 + max(cell_len(part) for cell in cells for part in cell.split(" ("))
             if len(shown) >= self.fixed and used + needed > width:
                 break
             shown.append(column)

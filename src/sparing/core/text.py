@@ -32,17 +32,20 @@ def number(value: float | str | None, unit: str = "", signed: bool = False) -> s
             size, step = size / 1000, step + 1
         shown = f"{sign}{_digits(size)} {prefixes[step]}"
         return shown if unit in ("", "B") else f"{shown} {unit}"
+    if unit and 1e-4 <= size < 1:
+        return f"{sign}{size:.3g} {unit}"
     return f"{sign}{_digits(size)}" + (f" {unit}" if unit else "")
 
 
 def _digits(size: float) -> str:
-    """A non-negative number to about four significant digits, without an exponent where one can be avoided."""
-    if size == int(size) and size < 1e6:
-        return f"{int(size):,}".replace(",", THIN)
+    """A non-negative number: whole ones whole, four decimals below 1, else four significant digits."""
+    rounded = float(f"{size:.4g}") if size < 1000 else size
+    if rounded == int(rounded) and rounded < 1e6:
+        return f"{int(rounded):,}".replace(",", THIN)
     if size >= 1000:
         return f"{size:,.0f}".replace(",", THIN)
     if size >= 1:
-        return f"{size:#.4g}".rstrip(".")
+        return f"{size:#.4g}"
     return f"{size:.4f}" if size >= 1e-3 else f"{size:.3g}"
 
 
