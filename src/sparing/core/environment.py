@@ -32,12 +32,11 @@ FEATURES = (
 @cache
 def environment() -> dict[str, Any]:
     """JSON values: Sparing's version and revision, packages, Python, operating system, CPU and its features."""
-    import sparing
     from sparing.core.clock import usable_cores
 
     model, flags = _cpu()
     return {
-        "sparing": sparing.__version__,
+        "sparing": _version("sparing"),
         "revision": _revision(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),
