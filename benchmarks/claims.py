@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import operator
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.core import files
-from sparing.core.fingerprint import cpu_class, installed_version
+from sparing.core.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -62,24 +60,6 @@ class Claim:
         return {**asdict(self), "threshold": f"{self.comparison} {self.threshold:g}", "holds": self.holds}
 
 
-def machine() -> dict[str, Any]:
-    """The machine figures were measured on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": cpu_class(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides figures."""
-    names = ("sparing", "torch", "lightning", "onnxruntime", "onnx", "numpy", "torch_geometric", "transformers")
-    found = {name: installed_version(name) for name in names}
-    return {"python": platform.python_version(), **{name: v for name, v in found.items() if v != "absent"}}
-
-
 def revision() -> str:
     """The commit measured, with "+changes" when the working tree differs from it."""
     folder = Path(__file__).parent
@@ -102,6 +82,7 @@ def main(system: str, benchmarks: dict[str, Callable[[], list[Claim]]], argv: Se
     target = options.out / f"{system}.json"
     known = files.read_json(target)["claims"] if target.is_file() else []
     claims = {claim["id"]: claim for claim in known}
+    about = environment()
     failed = False
     for name in options.names or benchmarks:
         start = time.perf_counter()
@@ -115,8 +96,8 @@ def main(system: str, benchmarks: dict[str, Callable[[], list[Claim]]], argv: Se
             {
                 "system": system,
                 "claims": list(claims.values()),
-                "machine": machine(),
-                "versions": versions(),
+                "machine": {name: about[name] for name in ("cpu", "cpu_features", "cores", "memory_mib", "os")},
+                "versions": {"python": about["python"], "sparing": about["sparing"], **about["packages"]},
                 "revision": revision(),
                 "wall_s": sum(claim["wall_s"] for claim in claims.values()),
             },

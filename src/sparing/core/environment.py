@@ -34,16 +34,16 @@ def environment() -> dict[str, Any]:
     """JSON values: Sparing's version and revision, packages, Python, operating system, CPU and its features."""
     from sparing.core.clock import usable_cores
 
-    model, flags = _cpu()
+    model, features = cpu()
     return {
-        "sparing": _version("sparing"),
+        "sparing": version_of("sparing"),
         "revision": _revision(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := version_of(name))},
+        "python": platform.pythonversion_of(),
         "os": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu": model,
-        "cpu_features": [name for name in FEATURES if name in flags],
+        "cpu_features": list(features),
         "cores": os.cpu_count() or 1,
         "usable_cores": len(usable_cores()),
         "omp_threads": os.environ.get("OMP_NUM_THREADS", ""),
@@ -51,22 +51,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package; empty when it is absent."""
     try:
         return version(package)
     except PackageNotFoundError:
         return ""
 
 
-def _cpu() -> tuple[str, set[str]]:
-    """(model name, feature flags); no flags where the system has no /proc/cpuinfo."""
+@cache
+def cpu() -> tuple[str, tuple[str, ...]]:
+    """(model name, those of :data:`FEATURES` it has); no features where the system has no /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine(), set()
+        return platform.processor() or platform.machine(), ()
     entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = entries.get("flags", entries.get("Features", ""))
-    return entries.get("model name") or platform.processor() or platform.machine(), set(flags.split())
+    flags = entries.get("flags", entries.get("Features", "")).split()
+    model = entries.get("model name") or platform.processor() or platform.machine()
+    return model, tuple(name for name in FEATURES if name in flags)
 
 
 def _memory_mib() -> int:

@@ -10,12 +10,12 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparing.core.environment import cpu, version_of
 from sparing.core.errors import SparingError
 from sparing.core.files import sha256_of
 
@@ -208,39 +208,14 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def installed_version(package: str) -> str:
-    """The installed version of a package, or "absent"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
-
-
-@cache
-def cpu_class() -> str:
-    """Model name and the instruction sets that change numerical results, e.g. "Intel(R) Xeon(R) avx2 avx512f"."""
-    import platform
-
-    interesting = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "sve")
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.processor() or platform.machine()}"
-    fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    name = fields.get("model name") or platform.machine()
-    return " ".join([name, *(flag for flag in interesting if flag in flags)])
-
-
 def environment_fingerprint(threads: int) -> str:
-    """Digest of what besides code and data decides the bits of a result."""
+    """Digest of what besides data and fields decides the bits of a result: code, versions, threads, CPU."""
     return fingerprint(
         {
             "code": code_fingerprint(),
             "python": list(sys.version_info[:3]),
-            "versions": {name: installed_version(name) for name in ("torch", "lightning", "onnxruntime", "numpy")},
+            "versions": {name: version_of(name) for name in ("torch", "lightning", "onnxruntime", "numpy")},
             "threads": threads,
-            "cpu": cpu_class(),
+            "cpu": cpu(),
         }
     )

@@ -74,7 +74,8 @@ class Job:
     train: Any
     val: Any
     calibration: Any
-    model: nn.Module
+    model: nn.Module | None
+    """None when the job began with a saved model that is no torch module (an ONNX file, say)."""
     seed: int
     store: BoundStore
     root: Path | None = None
@@ -94,6 +95,10 @@ class Job:
 
     def fresh_model(self) -> nn.Module:
         """A copy of the model to train or cut."""
+        if self.model is None:
+            raise IncompatibleStep(
+                "this job has a saved predictor but no torch module, so there is nothing to train or cut"
+            )
         return copy.deepcopy(self.model)
 
     def replace(self, **changes: Any) -> Job:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparing.core.task import Splits, Task
 
 log = logging.getLogger("sparing")
-MEASUREMENT = All({"row": JSON, "outcomes": ARRAYS})
+MEASUREMENT: All[Any] = All({"row": JSON, "outcomes": ARRAYS})
 
 
 # ---------------------------------------------------------------------------------------------------------- planning
@@ -490,9 +490,10 @@ def _finish(job: Job, after: Job, step: Step | None, test: Any) -> tuple[Job, Ro
     outcomes: np.ndarray | None = None
     runtime = kind = ""
     if after.predictor is not None and (step is None or after.predictor is not job.predictor):
+        kind = after.predictor.kind
         after = _settle_runtime(after)
         deployed = _deployed(after)
-        runtime, kind = deployed.runtime, after.predictor.kind
+        runtime = deployed.runtime
         figures, outcomes, by_class = _measure(after, deployed, test)
     figures |= notes.figures
     if step is not None:

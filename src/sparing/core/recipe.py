@@ -165,7 +165,8 @@ def _parse_yaml(text: str, file: str, problems: list[str]) -> _Marked:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        mark = error.problem_mark
+        line = 1 if mark is None else mark.line + 1
         problems.append(f"{file}:{line}: not valid YAML: {error.problem}")
         return empty
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
