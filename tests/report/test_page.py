@@ -304,3 +304,25 @@ def test_switch_changes_the_axis(ledger: Ledger, tmp_path: Path) -> None:
     dom, _ = _browse(copy, tmp_path / "profile")
     assert re.search(r"xtitle[^>]*>(<[^>]*>)*latency p50 \(ms\)", dom)
     assert "model bytes (B)" not in dom[dom.index('class="main-svg"') : dom.index('id="figures"')]
+
+
+def test_other_losses_of_quality_are_said_too(ledger: Ledger) -> None:
+    for index, value in enumerate((0.9, 0.7, 0.899)):
+        figure = Figure(value, better="higher", interval=(value - 0.01, value + 0.01))
+        ledger.rows[index] = replace(
+            ledger.rows[index], figures={**ledger.rows[index].figures, "accuracy under blur": figure}
+        )
+    html = report_html(ledger)
+    line = re.search(r"<tr><th scope=\"row\">accuracy under blur.*?</tr>", html, re.S)
+    assert line
+    assert re.search(r'class="sub worse">−0\.2000 worse<', line[0])
+    assert re.search(r'class="sub ">−0\.001\d*<', line[0])
+
+
+def test_a_noisy_figure_gets_no_verdict(ledger: Ledger) -> None:
+    figures = dict(ledger.rows[0].figures)
+    figures["latency p50"] = replace(figures["latency p50"], note="noisy: others were busy")
+    ledger.rows[0] = replace(ledger.rows[0], figures=figures)
+    html = report_html(ledger)
+    assert re.search(r'class="sub ">0\.21×<', html)
+    assert not re.search(r"0\.21× better", html[html.index('id="figures"') : html.index(">throughput<")])

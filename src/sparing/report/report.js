@@ -61,12 +61,20 @@
       x: edge.map((p) => p.x), y: edge.map((p) => p.y), mode: "lines", name: "not beaten on both", hoverinfo: "skip",
       line: { color: colour("--muted"), width: 1.5, dash: "dot" },
     }];
+    // Rows that all but coincide share one label, at the first of them.
+    const ys = chosen.points.map((p) => p.y), spread = Math.max(...ys) - Math.min(...ys) || 1;
+    const close = (p, q) => Math.abs(share(p.x) - share(q.x)) < 0.04 && Math.abs(p.y - q.y) < 0.04 * spread;
+    const heads = panel.rows.map((_, i) => chosen.points.find((p) => p.row === i));
+    const labels = heads.map((p, i) => {
+      if (!p || heads.slice(0, i).some((q) => q && close(p, q))) return "";
+      return panel.rows.filter((_, j) => heads[j] && (j === i || (j > i && close(p, heads[j])))).join(", ");
+    });
     panel.rows.forEach((name, i) => {
       const points = chosen.points.filter((p) => p.row === i);
       if (!points.length) return;
       traces.push({
         x: points.map((p) => p.x), y: points.map((p) => p.y), mode: "markers+text", name: plain(name),
-        text: points.map((p, j) => (j === 0 ? "  " + plain(name) + "  " : "")), textposition: points.map((p) => (share(p.x) > 0.7 ? "middle left" : "middle right")), cliponaxis: false,
+        text: points.map((p, j) => (j === 0 && labels[i] ? "  " + plain(labels[i]) + "  " : "")), textposition: points.map((p) => (share(p.x) > 0.7 ? "middle left" : "middle right")), cliponaxis: false,
         hovertext: points.map((p) => p.text.map(plain).join("<br>")), hoverinfo: "text",
         marker: {
           size: 12, color: series(i), symbol: points.map((p) => symbols[p.seed % symbols.length]),

@@ -39,7 +39,7 @@ def figure_text(figure: Figure) -> str:
     return text.number(figure.value, figure.unit) + text.plus_minus(figure) + mark
 
 
-def cell(figure: Figure | None, ratio: Ratio | None = None, notes: bool = True) -> dict[str, Any]:
+def cell(figure: Figure | None, ratio: Ratio | None = None, notes: bool = True, noisy: bool = False) -> dict[str, Any]:
     """What a table shows of one figure, with its ratio to the first row's.
 
     Without ``notes`` only that a figure is noisy is said in the cell; the whole note shows on hovering.
@@ -52,19 +52,61 @@ def cell(figure: Figure | None, ratio: Ratio | None = None, notes: bool = True) 
         "mark": MARKS[figure.how] if shown else "",
         "interval": text.plus_minus(figure).strip(),
         "note": figure.note if notes else "noisy" if "noisy" in figure.note else "",
-        "change": ratio_cell(ratio, figure.better) if ratio else None,
+        "change": ratio_cell(ratio, figure.better, noisy) if ratio else None,
         "title": "; ".join(filter(None, (f"{figure.value} {figure.unit}".strip() if shown else "n.a.", figure.note))),
     }
+
+
+def _cells(lines: Sequence[Summary], name: str, notes: bool = True) -> list[dict[str, Any]]:
+    """One figure in every line; ratios are to the line's first row, without a verdict where either is noisy."""
+    by_id = {line.id: line for line in lines}
+    found = []
+    for line in lines:
+        figure, ratio = line.figures.get(name), _ratio(line, name)
+        base = by_id[line.first].figures.get(name) if line.first in by_id else None
+        noisy = any("noisy" in one.note for one in (figure, base) if one is not None)
+        shown = cell(figure, ratio, notes, noisy)
+        if notes and figure is not None and line.id != line.first and shown["change"] is None:
+            if name == line.headline:
+                shown["change"] = _headline_change(line.to_first, figure)
+            elif base is not None and name not in columns.RATIOS:
+                shown["change"] = _plain_change(base, figure)
+        found.append(shown)
+    return found
+
+
+def _headline_change(difference: Difference | None, figure: Figure) -> dict[str, str] | None:
+    if difference is None:
+        return None
+    shown = difference_cell(difference, figure.better, figure.unit)
+    verdict = shown["change"]["verdict"]
+    return {"text": f"{shown['text']} {shown['interval']}", "verdict": verdict}
+
+
+def _plain_change(before: Figure, after: Figure) -> dict[str, str] | None:
+    """The difference of a figure that is no ratio's; a verdict only where the two intervals do not overlap."""
+    if before.number is None or after.number is None or not after.better or after.volatile:
+        return None
+    if (before.unit, before.how) != (after.unit, after.how):
+        return None
+    moved = after.number - before.number
+    apart = (
+        before.interval is not None
+        and after.interval is not None
+        and (before.interval[1] < after.interval[0] or after.interval[1] < before.interval[0])
+    )
+    verdict = ("better" if (moved > 0) == (after.better == "higher") else "worse") if apart else ""
+    return {"text": text.number(moved, after.unit, signed=True), "verdict": verdict}
 
 
 def _ratio(line: Summary, name: str) -> Ratio | None:
     return None if line.id == line.first else line.ratios.get(name)
 
 
-def ratio_cell(ratio: Ratio, better: str) -> dict[str, str]:
-    """``0.24× better``; the verdict only where the ratio's interval, if there is one, excludes 1."""
+def ratio_cell(ratio: Ratio, better: str, noisy: bool = False) -> dict[str, str]:
+    """``0.24× better``; the verdict only where nothing was noisy and the interval, if there is one, excludes 1."""
     low, high = ratio.interval or (ratio.value, ratio.value)
-    undecided = ratio.value == 1 or not better or low <= 1 <= high
+    undecided = noisy or ratio.value == 1 or not better or low <= 1 <= high
     verdict = "" if undecided else "better" if (ratio.value < 1) == (better == "lower") else "worse"
     return {"text": text.ratio(ratio.value), "verdict": verdict}
 
@@ -97,8 +139,9 @@ def ledger_table(lines: Sequence[Summary]) -> dict[str, Any]:
     there = ordered(line.figures for line in lines)
     costs = [name for name in there if name in SHORT]
     headlines = list(dict.fromkeys(line.headline for line in lines))
+    of_costs = [_cells(lines, name, notes=False) for name in costs]
     found = []
-    for line in lines:
+    for index, line in enumerate(lines):
         quality = line.figures.get(line.headline)
         better, unit = (quality.better, quality.unit) if quality else ("", "")
         found.append(
@@ -110,7 +153,7 @@ def ledger_table(lines: Sequence[Summary]) -> dict[str, Any]:
                 "outcome": line.outcome,
                 "cells": [cell(quality, notes=False)]
                 + [difference_cell(one, better, unit) for one in (line.to_first, line.to_previous)]
-                + [cell(line.figures.get(name), _ratio(line, name), notes=False) for name in costs],
+                + [cells[index] for cells in of_costs],
             }
         )
     return {"names": [" / ".join(headlines), "against first", "against previous", *costs], "lines": found}
@@ -121,11 +164,15 @@ def figure_table(lines: Sequence[Summary]) -> dict[str, Any]:
     return {
         "labels": [line.id for line in lines],
         "runtimes": [f"{line.kind} in {line.runtime}" if line.kind else "no new predictor" for line in lines],
-        "lines": [
-            {"name": name, "cells": [cell(line.figures.get(name), _ratio(line, name)) for line in lines]}
-            for name in ordered(line.figures for line in lines)
-        ],
+        "lines": [_figure_line(name, _cells(lines, name)) for name in ordered(line.figures for line in lines)],
     }
+
+
+def _figure_line(name: str, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A line of a figure table; a note that all its figures share is said once, under the name."""
+    notes = {shown["note"] for shown in cells if shown["text"] != "–"}
+    shared = notes.pop() if len(notes) == 1 and len(cells) > 1 else ""
+    return {"name": name, "note": shared, "cells": [shown | {"note": ""} if shared else shown for shown in cells]}
 
 
 def seed_tables(ledger: Ledger) -> list[dict[str, Any]]:
@@ -161,7 +208,7 @@ def cards(lines: Sequence[Summary]) -> list[dict[str, Any]]:
         elif ratio is None:
             found.append(_card(label, figure, f"not comparable: {last.runtime} after {last.first_runtime}", ""))
         else:
-            change = ratio_cell(ratio, figure.better)
+            change = next(one for line, one in zip(lines, _cells(lines, name), strict=True) if line is last)["change"]
             verdict = change["verdict"]
             found.append(
                 _card(label, figure, f"{change['text']} of the first{', ' if verdict else ''}{verdict}", verdict)
@@ -436,12 +483,13 @@ def comparison(ledgers: Mapping[str, Ledger]) -> dict[str, Any]:
     lines = [
         {
             "name": f"{base.headline} against {base_name}",
+            "note": "",
             "cells": [difference_cell(differences[name], quality.better, quality.unit) for name in lasts],
         }
     ]
     for name in ordered(line.figures for line in lasts.values()):
         cells = [cell(line.figures.get(name), compared[run].get(name)) for run, line in lasts.items()]
-        lines.append({"name": name, "cells": cells})
+        lines.append(_figure_line(name, cells))
     table = {
         "labels": [f"{name}: {line.id}" for name, line in lasts.items()],
         "runtimes": [f"{line.kind} in {line.runtime}" for line in lasts.values()],
