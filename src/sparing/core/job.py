@@ -112,7 +112,7 @@ class Job:
         since the key knows only those and the reason. A reason names one fork of a step.
         """
         self._not_while_storing("fork")
-        store = replace(self.store.child("fork", reason), seed=changes.get("seed", self.seed))
+        store = replace(self.store.child("fork", reason), seed=changes.get("seed", self.seed), cost=self.store.cost)
         return replace(self, store=store, notes=self.notes.child(reason), **changes)
 
     def record(

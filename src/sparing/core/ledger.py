@@ -142,7 +142,12 @@ class Notes:
 
     def child(self, reason: str) -> Notes:
         """The notes of an inner pipeline; refuses a reason used before."""
-        return self.children.setdefault(reason, Notes())
+        if reason in self.children:
+            raise InvalidValue(
+                f"a step forks its job twice for the reason {reason!r}; each fork needs a reason of its own"
+            )
+        self.children[reason] = Notes()
+        return self.children[reason]
 
 
 @dataclass(frozen=True)
@@ -313,7 +318,8 @@ class Ledger:
         for earlier in reversed([known for known in self.rows if (known.seed, known.task) == (row.seed, row.task)]):
             if P50 in earlier.figures:
                 break
-            steps.append(earlier)
+            if earlier.stage != "audit":
+                steps.append(earlier)
         else:
             return row
         seconds = sum(one.figures[WALL].number or 0.0 for one in steps if WALL in one.figures)

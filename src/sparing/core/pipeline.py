@@ -497,8 +497,10 @@ def _finish(job: Job, after: Job, step: Step | None, test: Any) -> tuple[Job, Ro
         figures, outcomes, by_class = _measure(after, deployed, test)
     figures |= notes.figures
     if step is not None:
-        figures[WALL] = Figure(cost.wall_s, "s", note="making this row's results, when they were made")
-        figures[CPU] = Figure(cost.cpu_s, "s", note="this process and its finished children")
+        inner = [row.figures for child in notes.children.values() for row in child.rows]
+        wall_s, cpu_s = (sum(figures[name].number or 0.0 for figures in inner) for name in (WALL, CPU))
+        figures[WALL] = Figure(cost.wall_s + wall_s, "s", note="making this row's results, when they were made")
+        figures[CPU] = Figure(cost.cpu_s + cpu_s, "s", note="this process and its finished children")
     row = Row(
         id=row_id,
         step=step.name if step else "given",

@@ -236,7 +236,7 @@ class Store:
 
     def entries(self) -> Iterator[Entry]:
         """Every finished result."""
-        for marker in sorted(self.path.glob("entries/*/*/*/entry.json")):
+        for marker in sorted(self.path.glob("entries/*/*/[!.]*/entry.json")):
             meta = files.read_json(marker)
             size = sum(path.stat().st_size for path in marker.parent.rglob("*") if path.is_file())
             yield Entry(marker.parent, meta["name"], size, marker.stat().st_mtime, meta["wall_s"])
@@ -308,7 +308,7 @@ class BoundStore:
         metas = [
             files.read_json(path)
             for key in (self.key(True), self.key(False))
-            for path in self.store.entry_folder(key, "x").parent.glob("*/entry.json")
+            for path in self.store.entry_folder(key, "x").parent.glob("[!.]*/entry.json")
         ]
         return (len(metas), sum(meta["wall_s"] for meta in metas)) if metas else None
 
@@ -359,6 +359,10 @@ class BoundStore:
             self.cost.depth -= 1
         wall_s = earlier_wall + time.perf_counter() - start
         cpu_s = earlier_cpu + cpu_seconds() - cpu
+        if folder.parent.is_dir():  # nobody else writes this result while its lock is held
+            for left in folder.parent.iterdir():
+                if files.leftover_of(left) == name:
+                    files.remove(left)
         with files.folder_atomic(folder) as scratch:
             (scratch / "payload").mkdir()
             codec.save(value, scratch / "payload")
