@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
         "sparing": version_of("sparing"),
         "revision": _revision(),
         "packages": {name: found for name in PACKAGES if (found := version_of(name))},
-        "python": platform.pythonversion_of(),
+        "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "cpu": model,
