@@ -173,8 +173,6 @@ def _trace(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], outputs
     import torch
 
     buffer = io.BytesIO()
-    # a failing trace prints its whole graph otherwise
-    getattr(torch._C, "_jit_set_onnx_log_enabled", bool)(False)
     # what tracing warns of are shapes (values were looked for before): constants, or a batch size the comparison finds
     with quiet():
         torch.onnx.export(
@@ -217,7 +215,11 @@ def quiet() -> Iterator[None]:
     names = ("torch.onnx._internal.exporter._registration", "torch.fx.experimental.symbolic_shapes")
     levels = {name: logging.getLogger(name).level for name in names}
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    internals: Any = torch._C
+    graph_printer = getattr(internals, "_jit_onnx_log", None)
     try:
+        # the tracing exporter switches this printer on by mistake (a function tested instead of called)
+        internals._jit_onnx_log = lambda *_: None
         torch.backends.mha.set_fastpath_enabled(False)  # its fused layers have no ONNX counterpart
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -230,6 +232,7 @@ def quiet() -> Iterator[None]:
                 warnings.filterwarnings("ignore", category=category)
             yield
     finally:
+        internals._jit_onnx_log = graph_printer
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

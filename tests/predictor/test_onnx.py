@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import guests
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparing.core.errors import CorruptFile, InvalidValue, NotExportable
+from sparing.core.predictor import Context, ModulePredictor, OnnxPredictor, build_model, load, to_onnx
+from sparing.core.predictor.graph import lean, weights_of
+from sparing.core.predictor.tree import leaves
+
+
+def test_outputs_agree_at_any_batch_size(module: ModulePredictor, onnx: OnnxPredictor, images: np.ndarray) -> None:
+    for batch in (1, 2, 5):
+        np.testing.assert_allclose(onnx(images[:batch]), module(images[:batch]), atol=1e-5)
+    assert onnx.origin["max_abs_diff"] < 1e-5
+    assert onnx.origin["exporter"] == "trace"
+    np.testing.assert_array_equal(onnx(torch.from_numpy(images)), onnx(images))
+
+
+def test_description_carries_macs_and_counts_the_graph(module: ModulePredictor, onnx: OnnxPredictor) -> None:
+    described = onnx.describe()
+    assert described.macs == module.describe().macs == 5 * 64 * 9 + 5 * 3
+    assert described.precision == "fp32"
+    assert described.parameters == 5 * 9 + 5 + 5 * 3 + 3  # the batch norm went into the convolution and its bias
+    assert described.model_bytes == len(onnx.content)
+    assert [layer["name"] for layer in described.layers] == ["head/Gemm", "body/body.0/Conv"]
+
+
+def test_the_file_holds_no_source_paths(onnx: OnnxPredictor) -> None:
+    assert b".py" not in onnx.content
+    assert str(Path.home()).encode() not in onnx.content
+
+
+def test_trees_keep_their_form(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = ({"ids": torch.randint(0, 20, (2, 5)), "mask": torch.ones(2, 5)},)
+    module = ModulePredictor(build_model(guests.TwoInputs), example=example)
+    again = load(to_onnx(module).save(tmp_path / "trees"))
+    ids = np.random.default_rng(0).integers(0, 20, (4, 5))
+    given = {"mask": np.ones((4, 5), np.float32), "ids": ids}
+    for (path, one), (other_path, other) in zip(leaves(again(given)), leaves(module(given)), strict=True):
+        assert path == other_path
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert set(again(given)) == {"logits", "states"}
+    with pytest.raises(InvalidValue, match=r"0\.mask"):
+        again({"ids": ids})
+
+
+def test_wrong_inputs_are_named(onnx: OnnxPredictor, images: np.ndarray) -> None:
+    with pytest.raises(InvalidValue, match=r"\[5, 1, 8, 7\]"):
+        onnx(images[..., :7])
+    with pytest.raises(InvalidValue, match="complex64"):
+        onnx(images.astype(np.complex64))
+    np.testing.assert_allclose(onnx(images.astype(np.float64)), onnx(images))
+    with pytest.raises(InvalidValue, match="takes"):
+        onnx(images, images)
+
+
+def test_threads_are_the_sessions(onnx: OnnxPredictor) -> None:
+    again = OnnxPredictor(onnx.content, threads=2)
+    assert again.session.get_session_options().intra_op_num_threads == 2
+    again.set_threads(1)
+    assert again.session.get_session_options().intra_op_num_threads == 1
+
+
+def test_garbage_is_no_graph() -> None:
+    with pytest.raises(CorruptFile, match="cannot read the graph"):
+        OnnxPredictor(b"no graph")
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "says"),
+    [
+        (guests.Branching(), (torch.ones(2, 3),), r"guests\.py:\d+: return x \* 2 if x\.sum\(\) > 0 else x"),
+        (guests.Bessel(), (torch.ones(2, 3),), "bessel_j0"),
+        (guests.FixedBatch(), (torch.ones(2, 3),), "FixedBatch"),
+    ],
+)
+def test_what_cannot_be_exported_says_why(
+    model: nn.Module, example: tuple[torch.Tensor], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(NotExportable, match=says):
+        to_onnx(model, example)
+    assert capfd.readouterr().out == ""
+
+
+def test_examples_must_be_batches() -> None:
+    with pytest.raises(InvalidValue, match="example"):
+        to_onnx(nn.Linear(2, 2))
+    with pytest.raises(NotExportable, match="batch dimension"):
+        to_onnx(nn.Identity(), (torch.tensor(1.0),))
+    with pytest.raises(NotExportable, match="tensors only"):
+        to_onnx(nn.Identity(), ("text",))
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x, None
+
+    with pytest.raises(NotExportable, match="output 1 is a NoneType"):
+        to_onnx(Pair(), (torch.ones(2, 2),))
+
+
+def test_an_example_of_one_row_still_gives_a_dynamic_batch(images: np.ndarray) -> None:
+    made = to_onnx(build_model(guests.SmallNet), (torch.from_numpy(images[:1]),))
+    assert made(images).shape == (5, 3)
+
+
+def test_export_is_quiet_and_leaves_settings_alone(
+    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    level = logging.getLogger("torch.onnx._internal.exporter._registration").level
+    fast = torch.backends.mha.get_fastpath_enabled()
+    generator = torch.get_rng_state()
+    to_onnx(build_model("convnet", image_size=8), (torch.zeros(2, 1, 8, 8),))
+    out, err = capfd.readouterr()
+    assert (out, err, list(recwarn)) == ("", "", [])
+    assert logging.getLogger("torch.onnx._internal.exporter._registration").level == level
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+    del generator
+
+
+def test_a_lean_graph_answers_the_same_in_fewer_bytes(onnx: OnnxPredictor, images: np.ndarray) -> None:
+    graph = onnx.graph()
+    lean(graph)
+    content = graph.SerializeToString()
+    assert len(content) < len(onnx.content)
+    made = OnnxPredictor(content, Context())
+    np.testing.assert_array_equal(made(images), onnx(images))
+    assert weights_of(graph)[1:3] == weights_of(onnx.graph())[1:3]
