@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from points import CLASSES, FEATURES, Points, PointTask, assert_same, network
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -260,6 +262,45 @@ def test_quiet_when_not_on_a_terminal(tmp_path: Path) -> None:
         text=True,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_a_bar_on_a_terminal(data: Splits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    without = fit(network(), PointTask(), data.train, data.val, QUICK)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    fit(network(), PointTask(), data.train, data.val, QUICK)
+    assert capsys.readouterr().err == ""  # too short for one
+    monkeypatch.setattr("sparing.core.training.loop.BAR_AFTER_S", -1.0)
+    with_bar = fit(network(), PointTask(), data.train, data.val, QUICK)
+    assert "epoch 1/2, loss" in capsys.readouterr().err
+    assert_same(without, with_bar)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_precisions(precision: str, data: Splits) -> None:
+    result = fit(network(), PointTask(), data.train, data.val, replace(QUICK, epochs=20, precision=precision))
+    assert result.best_value is not None
+    assert result.best_value > 0.6
+
+
+def test_a_metric_that_is_not_finite_leaves_a_gap(data: Splits) -> None:
+    class Sometimes(PointTask):
+        def evaluate(self, predictor: Any, split: Any) -> Evaluation:
+            return Evaluation({"accuracy": 0.5, "error": math.nan})
+
+    result = fit(network(), Sometimes(), data.train, data.val, QUICK)
+    assert "val_error" not in result.curves
+    assert result.remarks == ("val_error was not finite 2 times; its curve leaves these points out",)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt(data: Splits) -> None:
+    class Impatient(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), PointTask(), data.train, None, QUICK, callbacks=[Impatient()])
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 # --- errors

@@ -79,6 +79,22 @@ def test_an_error_in_a_process_keeps_its_type(points: Splits) -> None:
         train(replace(TWO, nan_patience=3), points)
 
 
+def test_a_batch_skipped_by_one_process_is_skipped_by_both(points: Splits) -> None:
+    points.train.x[17] = math.nan
+    one, two = train(ONE, points), train(TWO, points)
+    assert one.skipped == two.skipped == 2
+    assert_close(one, two)
+
+
+def test_started_afresh_instead_of_forked(points: Splits) -> None:
+    assert_close(train(ONE, points), train(replace(TWO, strategy="ddp_spawn"), points))
+
+
+def test_two_processes_print_nothing(points: Splits, capfd: pytest.CaptureFixture[str]) -> None:
+    train(replace(TWO, epochs=1), points)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_killed_and_resumed(points: Splits, tmp_path: Path) -> None:
     settings = replace(TWO, checkpoint_every_batches=2)
     whole = train(settings, points)

@@ -128,6 +128,7 @@ class Training(pl.LightningModule):
             "best_value": None,
             "stopped_early": False,
             "window": [0.0, 0],
+            "gaps": {},
             "curves": {"train_loss": [], "lr": []},
         }
         self.best_weights: dict[str, Tensor] = {}
@@ -307,7 +308,10 @@ class Training(pl.LightningModule):
     def _curve(self, values: Mapping[str, float]) -> None:
         step = self.figures["steps"]
         for name, value in values.items():
-            self.figures["curves"].setdefault(name, []).append([step, value])
+            if math.isfinite(value):
+                self.figures["curves"].setdefault(name, []).append([step, value])
+            else:
+                self.figures["gaps"][name] = self.figures["gaps"].get(name, 0) + 1
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(values), step=step)
 
@@ -670,6 +674,8 @@ def run(
             *remarks,
             f"{figures['skipped']} of {figures['batches']} batches were skipped: their loss was not finite",
         ]
+    for name, count in figures["gaps"].items():
+        remarks.append(f"{name} was not finite {count} times; its curve leaves these points out")
     return FitResult(
         model,
         {name: [(float(x), float(y)) for x, y in points] for name, points in figures["curves"].items()},
