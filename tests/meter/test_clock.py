@@ -2,6 +2,7 @@
 
 import gc
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,9 +40,10 @@ class Weather:
 
 
 def test_known_duration(quiet):
-    found = clock({"a": lambda: spin(1e-3), "b": lambda: spin(4e-4)}, min_seconds=0.5, max_seconds=3)
-    assert found["a"].p50 == pytest.approx(1e-3, rel=0.03)
-    assert found["b"].p50 == pytest.approx(4e-4, rel=0.05)
+    found = clock({"a": lambda: spin(1e-3), "b": lambda: spin(4e-4)}, min_seconds=0.5, max_seconds=4)
+    # a busy machine may take longer, never less
+    assert 1e-3 <= found["a"].p50 < 2e-3
+    assert 4e-4 <= found["b"].p50 < 8e-4
     for timing in found.values():
         assert timing.interval is not None
         assert timing.interval[0] <= timing.p50 <= timing.interval[1]
@@ -85,7 +87,7 @@ def test_two_levels_are_noisy(monkeypatch, quiet):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
 def test_two_measurements_agree_within_five_percent_or_say_noisy(monkeypatch, quiet, correlation):
-    """The gate meter_repeat, on 40 pairs of simulated weather with independent and with drifting blocks."""
+    """The gate meter_repeat, on 20 pairs of simulated weather with independent and with drifting blocks."""
     generator = np.random.default_rng(5)
     level, since = 0.0, -1.0
 
@@ -98,13 +100,13 @@ def test_two_measurements_agree_within_five_percent_or_say_noisy(monkeypatch, qu
 
     weather = Weather(monkeypatch, duration)
     apart = loud = 0
-    for _ in range(40):
+    for _ in range(20):
         one, two = (clock({"a": weather}, min_seconds=2, max_seconds=6)["a"] for _ in range(2))
         quiet_pair = not one.noisy and not two.noisy
         apart += quiet_pair and abs(one.p50 / two.p50 - 1) > 0.05
         loud += not quiet_pair
     assert apart <= 1  # 95 % intervals
-    assert loud <= (2 if correlation == 0 else 25)
+    assert loud <= (1 if correlation == 0 else 14)
 
 
 def test_a_slow_call_gets_one_block_and_says_why(monkeypatch, quiet):
@@ -122,7 +124,7 @@ def test_calls_take_turns(quiet):
     calls = {name: (lambda name=name: (order.append(name), spin(2e-3))) for name in "ab"}
     clock(calls, min_seconds=0.1, max_seconds=0.6)
     timed = "".join(order)
-    changes = sum(a != b for a, b in zip(timed, timed[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(timed))
     assert changes >= 2 * MIN_ROUNDS - 2
 
 
