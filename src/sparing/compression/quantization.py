@@ -81,7 +81,7 @@ def prepare(content: bytes) -> ModelProto:
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory(prefix="sparing-int8-") as scratch:
         options.optimized_model_filepath = str(Path(scratch) / "basic.onnx")
-        onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         model = onnx.load(options.optimized_model_filepath)
     model = onnx.shape_inference.infer_shapes(model)
     names: set[str] = set()

@@ -81,7 +81,9 @@ class OnnxPredictor(Predictor):
             options.inter_op_num_threads = 1
             options.log_severity_level = 4
             try:
-                self._session = onnxruntime.InferenceSession(self.content, options, providers=["CPUExecutionProvider"])
+                self._session = onnxruntime.InferenceSession(
+                    self.content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+                )
             except Exception as error:  # its exceptions have no common base
                 raise CorruptFile(f"ONNX Runtime cannot read the graph: {error}") from error
         return self._session
