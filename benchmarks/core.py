@@ -19,6 +19,7 @@ import numpy as np
 
 from claims import Claim, main
 from sparing.core.ledger import MODEL_BYTES, P50, Ledger
+from sparing.core.registry import resolve
 from sparing.core.statistics import t_interval
 
 SOURCE = "issue Core, table of gates"
@@ -57,16 +58,15 @@ def measure_help(repetitions: int = 21) -> list[Claim]:
 # ---------------------------------------------------------------------------------------------------------- overhead
 
 
-def measure_overhead(pairs: int = 7, steps: int = 60, batch: int = 128) -> list[Claim]:
+def measure_overhead(pairs: int = 7, steps: int = 100, batch: int = 128) -> list[Claim]:
     """CPU seconds of training by Sparing beside a bare PyTorch loop and plain Lightning, interleaved."""
     import torch
 
     from sparing.core.predictor import build_model
     from sparing.core.randomness import isolated_rng
     from sparing.core.training import Train, fit
-    from sparing.tasks.images import FashionMNIST
 
-    task = FashionMNIST()
+    task = resolve("tasks", "fashion_mnist")()
     train = task.splits(_data()).train
     data = torch.utils.data.Subset(train, range(steps * batch))
 
@@ -262,9 +262,8 @@ def measure_meter_repeat(repetitions: int = 10) -> list[Claim]:
     from sparing import build_model
     from sparing.core.predictor import ModulePredictor, to_onnx
     from sparing.core.randomness import isolated_rng
-    from sparing.tasks.images import FashionMNIST
 
-    task = FashionMNIST()
+    task = resolve("tasks", "fashion_mnist")()
     with tempfile.TemporaryDirectory() as scratch:
         with isolated_rng("meter_repeat"):
             network = build_model("convnet", task)

@@ -31,7 +31,9 @@ def isolated_rng(*parts: int | str) -> Iterator[None]:
     import torch
 
     python, numpy_ = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # devices that are not in use stay untouched: waking CUDA here would forbid forking later
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
         try:
             seed_everything(derive_seed(*parts))
             yield
