@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import traceback
@@ -143,12 +144,12 @@ def _value_read(module: nn.Module, inputs: tuple[Any, ...]) -> str:
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function is torch.ops.aten._local_scalar_dense.default and not self.seen:
-                stack = [f for f in traceback.extract_stack() if f.filename not in (__file__, torch_modules)]
-                outside = [f for f in stack if "/torch/" not in f.filename] or stack
-                self.seen = f"{Path(outside[-1].filename).name}:{outside[-1].lineno}: {outside[-1].line}"
+                stack = traceback.extract_stack()
+                forwards = [inner for outer, inner in itertools.pairwise(stack) if outer.name == "_call_impl"]
+                frame = ([f for f in forwards if "/torch/nn/" not in f.filename] or forwards)[-1]
+                self.seen = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
             return function(*args, **(kwargs or {}))
 
-    torch_modules = torch.nn.modules.module.__file__
     with Watch() as watch:
         _run(module, inputs)
     return watch.seen
