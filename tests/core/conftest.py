@@ -1,4 +1,4 @@
-"""Folders that refuse, whoever asks."""
+"""Folders that refuse, whoever asks; no fault outlives its test."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sparing.core import files
 
 
 @pytest.fixture
@@ -47,3 +49,9 @@ def read_only() -> Callable[[Path], AbstractContextManager[None]]:
             yield
 
     return lock
+
+
+@pytest.fixture(autouse=True)
+def _no_hook() -> Iterator[None]:
+    yield
+    files.fault_hook = None

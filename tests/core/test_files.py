@@ -11,7 +11,7 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from hypothesis.extra import numpy as arrays_of
 from safetensors.torch import save as safetensors_bytes
 
 from bounds import SECONDS, refuses, watched, within_bounds
+from faults import fail_at, in_child, names
 from sparing.core import files
 from sparing.core.errors import CorruptFile, InvalidValue, SparingError, StoreError
 
@@ -39,39 +40,6 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 many = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
-def fail_at(count: int, number: int = errno.ENOSPC) -> Callable[[str, Path], None]:
-    """A hook that raises an ``OSError`` at the call with this number, counted from 1."""
-    calls = [0]
-
-    def hook(stage: str, target: Path) -> None:
-        calls[0] += 1
-        if calls[0] == count:
-            raise OSError(number, os.strerror(number))
-
-    return hook
-
-
-def in_child(action: Callable[[], Any]) -> int:
-    """Run ``action`` in a forked child; returns how it ended, as ``os.waitstatus_to_exitcode`` puts it."""
-    if (child := os.fork()) == 0:
-        try:
-            action()
-        except BaseException:
-            os._exit(99)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-@pytest.fixture(autouse=True)
-def _no_hook() -> Iterator[None]:
-    yield
-    files.fault_hook = None
 
 
 # ------------------------------------------------------------------------------------------------- the atomic writer
