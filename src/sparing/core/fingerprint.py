@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from functools import cache, partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,9 @@ def fingerprint(thing: Any) -> str:
     """Hex digest of ``thing``'s content.
 
     Understood: plain values and containers of them, NumPy arrays, tensors, ``nn.Module`` (class source, structure,
-    state), datasets made of tensors, PyG objects, files and folders (``Path``), dataclasses, functions and classes
-    (their source and what they close over), and anything with a method ``fingerprint()``. Raises
-    :class:`NoFingerprint` for the rest.
+    attributes, state, ties, what is frozen), datasets made of tensors, PyG objects, files and folders (``Path``),
+    dataclasses, functions and classes (see :func:`own_code`, and what they close over), anything with a method
+    ``fingerprint()`` or ``to_dict()``. Raises :class:`NoFingerprint` for the rest.
     """
     digest = hashlib.sha256()
     _feed(digest.update, thing, frozenset())
@@ -52,7 +55,7 @@ def _feed(update: Callable[[bytes], Any], thing: Any, above: frozenset[int]) -> 
         update(f"bytes:{len(thing)}:".encode() + bytes(thing))
     elif isinstance(thing, type):
         update(b"class:")
-        feed(_class_source(thing))
+        feed(own_code(thing))
     elif callable(getattr(thing, "fingerprint", None)):
         update(f"own:{type(thing).__qualname__}:".encode())
         feed(thing.fingerprint())
@@ -88,6 +91,13 @@ def _feed(update: Callable[[bytes], Any], thing: Any, above: frozenset[int]) -> 
         update(b"dataclass:")
         feed(type(thing))
         feed({field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)})
+    elif isinstance(thing, Enum):
+        update(f"enum:{type(thing).__qualname__}.{thing.name};".encode())
+    elif isinstance(thing, logging.Logger):
+        update(b"logger;")
+    elif callable(getattr(thing, "to_dict", None)):
+        update(b"to_dict:")
+        feed((type(thing), thing.to_dict()))
     else:
         raise NoFingerprint(
             f"cannot fingerprint a {type(thing).__module__}.{type(thing).__qualname__}: "
@@ -122,20 +132,114 @@ def _feed_path(update: Callable[[bytes], Any], path: Path) -> None:
         raise NoFingerprint(f"cannot fingerprint {path}: there is no such file or folder")
 
 
-def _class_source(cls: type) -> str:
-    if cls.__module__.split(".")[0] in {"builtins", "torch", "numpy", "torch_geometric"}:
-        return f"{cls.__module__}.{cls.__qualname__}"
+_KNOWN = frozenset({"builtins", "torch", "numpy", "torch_geometric", "lightning", "pydantic", "sparing"})
+"""Packages whose versions, or all of whose source, are in every store key."""
+
+
+@cache
+def _is_library(module: str) -> bool:
+    """True for the modules of installed packages: their name and version stand for their code."""
+    top = module.split(".")[0]
+    if top in _KNOWN or top in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
+
+
+def _called(thing: Any) -> str:
+    name = f"{thing.__module__}.{thing.__qualname__}"
+    top = thing.__module__.split(".")[0]
+    if not _is_library(thing.__module__) or top in _KNOWN or top in sys.stdlib_module_names:
+        return name
+    return " ".join([name, *sorted(version_of(package) or "" for package in _packages().get(top, [top]))])
+
+
+@cache
+def _packages() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+def own_code(root: Any) -> list[str]:
+    """Name and source of a user's function or class, and of all that it names and that is the user's own as well.
+
+    Followed are base classes, functions and classes that its code names, in its module, in another module of the user's
+    or in a container there; plain constants it names count with their value. What libraries hold is told apart by name
+    and version. So an edited helper function makes results that rest on it outdated, and other edits do not.
+    """
+    if _is_library(root.__module__):
+        return [_called(root)]
+    texts: set[str] = set()
+    seen: set[int] = set()
+    todo: list[Any] = [root]
+    while todo:
+        thing = todo.pop()
+        if isinstance(thing, type | types.FunctionType):
+            if id(thing) in seen or _is_library(thing.__module__ or "builtins"):
+                continue
+            seen.add(id(thing))
+            texts.add(f"{_called(thing)}\n{_source(thing)}")
+            todo += thing.__mro__[1:] if isinstance(thing, type) else ()
+            for name, value in _named(thing):
+                todo.append(value)
+                if _is_plain(value):
+                    texts.add(f"{name} = {fingerprint(value)}")
+        elif isinstance(thing, dict | list | tuple) and id(thing) not in seen:
+            seen.add(id(thing))
+            todo += thing.values() if isinstance(thing, dict) else thing
+    return sorted(texts)
+
+
+@cache
+def _source(thing: Any) -> str:
     try:
-        return "\n".join(inspect.getsource(base) for base in cls.__mro__ if _is_users(base))
+        return inspect.getsource(thing)
     except (OSError, TypeError) as error:
         raise NoFingerprint(
-            f"cannot read the source of class {cls.__module__}.{cls.__qualname__} ({error}); "
+            f"cannot read the source of {thing.__module__}.{thing.__qualname__} ({error}); "
             "define it in a file, or pass version=…"
         ) from None
 
 
-def _is_users(cls: type) -> bool:
-    return cls.__module__.split(".")[0] not in {"builtins", "torch", "numpy", "torch_geometric", "abc", "typing"}
+def _named(thing: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the globals, and of the members of the user's modules, that a function or class names."""
+    for function in _functions(thing):
+        names = sorted(_names(function.__code__))
+        scope = function.__globals__
+        package = scope.get("__package__") or ""
+        modules = []
+        for name in names:
+            value = scope.get(name, sys.modules.get(name) or sys.modules.get(f"{package}.{name}"))
+            if isinstance(value, types.ModuleType):
+                modules += [] if _is_library(value.__name__) else [value]
+            elif name in scope:
+                yield name, value
+        for module in modules:
+            yield from ((f"{module.__name__}.{name}", vars(module)[name]) for name in names if name in vars(module))
+
+
+def _functions(thing: Any) -> Iterator[types.FunctionType]:
+    parts = [thing] if not isinstance(thing, type) else list(vars(thing).values())
+    for part in parts:
+        if isinstance(part, property):
+            inside: list[Any] = [part.fget, part.fset]
+        else:
+            inside = [getattr(part, "__func__", getattr(part, "func", part))]  # static and class methods, cached ones
+        for function in inside:
+            plain = inspect.unwrap(function) if callable(function) else None
+            if isinstance(plain, types.FunctionType) and not _is_library(plain.__module__ or "builtins"):
+                yield plain
+
+
+def _names(code: types.CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(part) for part in code.co_consts if isinstance(part, types.CodeType)))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
 def _feed_function(update: Callable[[bytes], Any], function: Any, feed: Callable[[Any], None]) -> None:
@@ -143,14 +247,12 @@ def _feed_function(update: Callable[[bytes], Any], function: Any, feed: Callable
     if isinstance(function, types.MethodType):
         feed(function.__self__)
         function = function.__func__
-    if not isinstance(function, types.FunctionType) or not _is_users(function):  # type: ignore[arg-type]
+    if not isinstance(function, types.FunctionType):
         return
-    try:
-        feed(inspect.getsource(function))
-    except (OSError, TypeError) as error:
-        raise NoFingerprint(f"cannot read the source of {function.__qualname__} ({error}); pass version=…") from None
-    feed(function.__defaults__)
-    feed([cell.cell_contents for cell in function.__closure__ or ()])
+    feed(own_code(function))
+    if not _is_library(function.__module__):
+        feed((function.__defaults__, function.__kwdefaults__))
+        feed([cell.cell_contents for cell in function.__closure__ or ()])
 
 
 def _feed_torch(update: Callable[[bytes], Any], thing: Any, feed: Callable[[Any], None]) -> bool:
@@ -168,14 +270,19 @@ def _feed_torch(update: Callable[[bytes], Any], thing: Any, feed: Callable[[Any]
             update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     elif isinstance(thing, torch.nn.Module):
         update(b"module:")
-        feed([(name, type(module), _plain_attributes(module)) for name, module in thing.named_modules()])
-        feed(dict(thing.state_dict()))
+        feed([(name, type(module), _attributes(module)) for name, module in thing.named_modules()])
+        feed([dict(thing.state_dict()), dict(thing.named_buffers())])
+        first: dict[int, str] = {}
+        for name, parameter in thing.named_parameters(remove_duplicate=False):
+            feed((name, first.setdefault(id(parameter), name), parameter.requires_grad))
     elif isinstance(thing, torch.utils.data.TensorDataset):
         feed(["TensorDataset", *thing.tensors])
     elif isinstance(thing, torch.utils.data.Subset):
         feed(["Subset", thing.dataset, list(thing.indices)])
     elif isinstance(thing, torch.utils.data.ConcatDataset):
         feed(["ConcatDataset", *thing.datasets])
+    elif isinstance(thing, torch.Generator):
+        feed(thing.get_state())
     elif isinstance(thing, torch.dtype | torch.device | torch.Size):
         update(str(thing).encode())
     elif type(thing).__module__.startswith("torch_geometric.") and hasattr(thing, "to_dict"):
@@ -187,14 +294,33 @@ def _feed_torch(update: Callable[[bytes], Any], thing: Any, feed: Callable[[Any]
     return True
 
 
-def _plain_attributes(module: Any) -> dict[str, Any]:
-    """What a module holds besides parameters, buffers and submodules, as far as it is plain data (stride, eps …)."""
-    plain = (bool, int, float, str, tuple, list, type(None))
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, plain)
-    }
+def _attributes(module: Any) -> dict[str, Any]:
+    """What a module holds besides parameters, buffers and submodules: numbers, functions it calls, hooks …
+
+    Of torch's own classes the public plain values (stride, eps …). Of others everything; what is private counts as far
+    as it can be read.
+    """
+    from torch import nn
+
+    found: dict[str, Any] = {}
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        if hooks := list(vars(module)[name].values()):
+            plain = (types.FunctionType, types.MethodType, partial)
+            found[name] = [hook if isinstance(hook, plain) else (type(hook), vars(hook)) for hook in hooks]
+    internal = vars(nn.Module())
+    for name, value in vars(module).items():
+        if name in internal:
+            continue
+        if _is_library(type(module).__module__):
+            if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list | None):
+                found[name] = value
+            continue
+        try:
+            found[name] = fingerprint(value)
+        except NoFingerprint as error:
+            if not name.startswith("_"):
+                raise NoFingerprint(f"the attribute {name!r} of {type(module).__qualname__}: {error}") from None
+    return found
 
 
 @cache

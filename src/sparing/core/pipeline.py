@@ -416,12 +416,17 @@ def _bind(
     data_key = ""
     try:
         data_key = fingerprint([task, splits])
-        named = [source.name, dict(source.fields)] if isinstance(source, PartRef) else None
+        named = [source.name, dict(source.fields)] if isinstance(source, PartRef) and _is_ours(source) else None
         content = named or (source if isinstance(source, Path) else model)
         environment_key = environment_fingerprint(torch.get_num_threads())
         return data_key, store.bind(environment_key, data_key, content, asdict(meter), seed=seed), []
     except NoFingerprint as error:
         return data_key, BoundStore(None, (), seed), [f"nothing of this run is kept for later runs: {error}"]
+
+
+def _is_ours(model: PartRef) -> bool:
+    """True for a model whose code is in every store key already, as all of Sparing's is."""
+    return parts("models")[model.name].target.startswith("sparing.")
 
 
 def _run_steps(
