@@ -99,6 +99,7 @@ class Transfer(Step):
     """
 
     stage: ClassVar[Stage] = Stage.DATA
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
     removes: ClassVar[frozenset[str]] = frozenset({"trained"})
     source: ClassVar[str] = "ours"
 
@@ -142,7 +143,7 @@ class Transfer(Step):
         task = self.target_task()
         splits = task.splits(job.root)
         with isolated_rng("transfer", job.seed, self.id):
-            model, begun = transfer_model(job.model, job.task, task)
+            model, begun = transfer_model(job.fresh_model(), job.task, task)
         job.notes.remarks.append(f"{job.task.name} → {task.name}; begun anew: {', '.join(begun) or 'no layer'}")
         return job.replace(
             task=task,

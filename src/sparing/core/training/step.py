@@ -21,6 +21,7 @@ class Train(Step):
     """Train the model on the task's training data with an optimizer and schedule of torch, by Lightning."""
 
     stage: ClassVar[Stage] = Stage.TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
     gives: ClassVar[frozenset[str]] = frozenset({"trained"})
     realises: ClassVar[frozenset[str]] = frozenset({"training"})
     source: ClassVar[str] = "ours"
