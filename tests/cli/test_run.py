@@ -256,3 +256,31 @@ def test_bench_refuses_a_tampered_folder(finished: Path, tmp_path: Path, capfd: 
     payload.write_bytes(payload.read_bytes()[:-1] + b"\x00")
     assert main(["bench", str(copy)]) == 1
     assert "SHA-256" in capfd.readouterr().err
+
+
+def test_a_saved_model_of_somebody_s_class_needs_trust(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparing.core.predictor import ModulePredictor
+    from sparing.core.registry import resolve
+
+    (tmp_path / "somebodys_nets.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self, width):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = package.build_model("somebodys_nets:Net", width=4)
+    ModulePredictor(model, resolve("tasks", "digits")()).save(tmp_path / "net")
+    path = tmp_path / "own.yaml"
+    meter = "{min_seconds: 0, max_seconds: 0.2, memory: false, energy: estimate}"
+    path.write_text(
+        f"task: digits\nmodel: {{path: net}}\nmeter: {meter}\nsteps:\n  - train: {{epochs: 1}}\n", encoding="utf-8"
+    )
+    assert main(["run", str(path), "--dry-run"]) in {1, 2}
+    assert "somebodys_nets" in capfd.readouterr().err
+    assert main(["run", str(path), "--dry-run", "--trust", "somebodys_nets"]) == 0
+    assert "code of others that would be imported: somebodys_nets" in capfd.readouterr().out
+    assert main(["run", str(path), "--trust", "somebodys_nets", "-q", "-o", str(tmp_path / "out")]) == 0
+    assert Ledger.load(tmp_path / "out").ids == ("given", "train")

@@ -45,6 +45,7 @@ def run(
     until: Annotated[str | None, Parameter(show_default=False)] = None,
     dry_run: Annotated[bool, Parameter(show_default=False)] = False,
     store: Annotated[Path | None, Parameter(show_default=False)] = None,
+    trust: Trust = (),
     json: Json = False,
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], show_default=False)] = False,
 ) -> Any:
@@ -70,6 +71,8 @@ def run(
         Check the whole recipe and print the plan; nothing is trained or written.
     store
         Folder of finished work. Default: $SPARING_STORE, or the user's cache folder.
+    trust
+        A package whose model classes a saved model named in the recipe may use. May be given several times.
     json
         Print one JSON document and nothing else.
     quiet
@@ -86,6 +89,7 @@ def run(
         until=until,
         dry_run=dry_run,
         store=store,
+        trust=trust,
         json=json,
         quiet=quiet,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def run_recipe(
     until: str | None,
     dry_run: bool,
     store: Path | None,
+    trust: Sequence[str],
     json: bool,
     quiet: bool,
 ) -> Any:
@@ -39,7 +41,7 @@ def run_recipe(
     from sparing.core.recipe import load_recipe
     from sparing.core.store import Store
 
-    recipe = load_recipe(source, overrides)
+    recipe = replace(load_recipe(source, overrides), trust=tuple(trust))
     kept = Store(store)
     if dry_run:
         from sparing.core.pipeline import plan

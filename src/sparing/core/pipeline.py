@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -77,7 +78,9 @@ class Plan:
                 }
                 for planned in self.steps
             ],
-            "user_code": sorted(target for target in foreign if not target.startswith("sparing.")),
+            "user_code": sorted(
+                {target for target in foreign if not target.startswith("sparing.")} | set(self.recipe.trust)
+            ),
             "remarks": list(self.remarks),
         }
 
@@ -143,7 +146,7 @@ def _planned_model(recipe: Recipe, task: Task, problems: list[str]) -> frozenset
     model: Any = source
     try:
         if isinstance(source, Path):
-            model = getattr(load(source), "model", None)
+            model = getattr(load(source, recipe.trust), "model", None)
         elif source is None or isinstance(source, PartRef):
             with isolated_rng(0):
                 try:
@@ -371,8 +374,10 @@ def _start(
     splits = task.splits(root)
     predictor: Predictor | None = None
     if isinstance(recipe.model, Path):
-        predictor = load(recipe.model)
+        predictor = load(recipe.model, recipe.trust)
         model = getattr(predictor, "model", None)
+        if model is not None:  # a predictor's own parameters are frozen; those a step is to train must not be
+            model = copy.deepcopy(model).requires_grad_(True)
     else:
         with isolated_rng("model", seed):
             model = _build(recipe.model, task)

@@ -53,7 +53,7 @@ class Recipe:
 
     ``task`` and ``model`` are registered parts by name, or live objects; a ``Path`` is a saved model's folder.
     ``trained`` says that ``model`` needs no training: it is then measured as the first row, "given". ``places`` holds
-    "file:line" of each step.
+    "file:line" of each step. ``trust`` lists packages whose classes a saved model's folder may ask for.
     """
 
     task: PartRef | Task
@@ -65,6 +65,7 @@ class Recipe:
     name: str = "recipe"
     text: str = ""
     places: Sequence[str] = ()
+    trust: Sequence[str] = ()
 
     def place(self, index: int) -> str:
         """Where step ``index`` stands."""
