@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of <system>/*.npz with outputs of reference implementations (default: tests/oracles)",
     )
     parser.addoption(
-        "--shapes", action="store_true", help="check every annotation of sparing, tensor shapes included, at run time"
+        "--shapes", action="store_true", help="check the shapes that sparing's functions name, at run time"
     )
 
 
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--shapes"):
         from jaxtyping import install_import_hook
 
-        install_import_hook("sparing", "beartype.beartype")
+        install_import_hook("sparing", "shapes.checked")
 
 
 @pytest.fixture(scope="session", autouse=True)

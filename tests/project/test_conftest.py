@@ -64,10 +64,11 @@ def test_shapes_flag_checks_annotations(pytester):
         """
         import pytest
 
-        def test_wrong_type():
-            from sparing.core.errors import did_you_mean
+        def test_wrong_shape():
+            import numpy
+            from sparing.core.metrics import correct
             with pytest.raises(Exception) as caught:
-                did_you_mean(5, ["five"])
+                correct(numpy.zeros((3, 2)), numpy.zeros(4, dtype=int))
             assert type(caught.value).__name__ == "TypeCheckError", caught.value
         """
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Integer
+from numpy import ndarray
 
 from sparing.core.errors import InvalidValue
 from sparing.core.task import Evaluation, Metric
@@ -18,23 +20,25 @@ CLASSIFICATION_METRICS = (
 )
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: Float[ndarray, "n c"]) -> Float[ndarray, "n c"]:
     """Logits (N, C) → log-probabilities (N, C) in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True).astype(np.float64)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def correct(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def correct(logits: Float[ndarray, "n c"], targets: Integer[ndarray, " n"]) -> Float[ndarray, " n"]:
     """1.0 where the largest logit is the target's, else 0.0: (N, C), (N,) → (N,). Ties go to the lower class."""
     return (logits.argmax(axis=1) == targets).astype(np.float64)
 
 
-def negative_log_likelihood(log_probabilities: np.ndarray, targets: np.ndarray) -> float:
+def negative_log_likelihood(log_probabilities: Float[ndarray, "n c"], targets: Integer[ndarray, " n"]) -> float:
     """Mean of −log p(target), in nats: (N, C), (N,) → one number."""
     return float(-log_probabilities[np.arange(len(targets)), targets].mean())
 
 
-def expected_calibration_error(confidence: np.ndarray, outcome: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+def expected_calibration_error(
+    confidence: Float[ndarray, " n"], outcome: Float[ndarray, " n"], bins: int = CALIBRATION_BINS
+) -> float:
     """Mean distance between confidence and accuracy over equal-width bins, weighted by their counts.
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3; bin b holds the confidences in ((b−1)/B, b/B].
@@ -49,7 +53,9 @@ def expected_calibration_error(confidence: np.ndarray, outcome: np.ndarray, bins
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def accuracy_by_class(outcome: np.ndarray, targets: np.ndarray, classes: int) -> np.ndarray:
+def accuracy_by_class(
+    outcome: Float[ndarray, " n"], targets: Integer[ndarray, " n"], classes: int
+) -> Float[ndarray, " c"]:
     """Share of right predictions for each class (C,); NaN for a class without a unit."""
     counts = np.bincount(targets, minlength=classes)
     with np.errstate(invalid="ignore"):

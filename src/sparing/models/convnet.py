@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
@@ -99,7 +100,7 @@ class ConvNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n features"]:
         """(N, in_channels, H, W) → what the linear layer sees, (N, features)."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise InvalidValue(
@@ -108,6 +109,6 @@ class ConvNet(nn.Module):
             )
         return self.flatten(self.pool(self.stages(images)))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """(N, in_channels, H, W) → logits (N, num_classes)."""
         return self.head(self.features(images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
@@ -54,7 +55,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(size, num_classes)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """(N, …) with ``in_features`` numbers each → logits (N, num_classes)."""
         if inputs.ndim < 2 or inputs[0].numel() != self.in_features:
             raise InvalidValue(
