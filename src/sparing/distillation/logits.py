@@ -111,8 +111,8 @@ class Distil(Train):
     teacher_folder: Path | None = None
     """A saved model's folder, instead of an earlier row."""
     model: Any = None
-    """The student: a registered model's name, {name: …, field: value}, or a module. None: the job's model as it stands,
-    with its weights."""
+    """The student: a registered model's name, {name: …, field: value}, a function without arguments that makes one, or
+    a module, which begins with the weights it has. None: the job's model as it stands, with its weights."""
     temperature: float = Field(default=4.0, gt=0)
     """T: how far both sides' outputs are softened."""
     weight: float = Field(default=0.9, ge=0, le=1)
@@ -125,17 +125,17 @@ class Distil(Train):
         if isinstance(self.model, Mapping):
             if not isinstance(self.model.get("name"), str):
                 raise InvalidValue(f"{self.id}: model = {dict(self.model)}: the key 'name' is needed")
-        elif self.model is not None and not isinstance(self.model, str) and not hasattr(self.model, "state_dict"):
+        elif self.model is not None and not isinstance(self.model, str) and not callable(self.model):
             raise InvalidValue(
-                f"{self.id}: model = {self.model!r}; a registered model's name, {{name: …, field: value}} or a module "
-                "is expected"
+                f"{self.id}: model = {self.model!r}; a registered model's name, {{name: …, field: value}}, a function "
+                "that makes a module, or a module is expected"
             )
         name = self.model.get("name") if isinstance(self.model, Mapping) else self.model
         if isinstance(name, str) and ":" not in name and name not in registry.parts("models"):
             registry.resolve("models", name)  # raises, naming the closest
 
     def student(self, job: Job) -> nn.Module:
-        """The untrained student; a named one begins as the same model does in a recipe that names it."""
+        """The untrained student; one that is named or made here begins as the same model does when it is the job's."""
         import copy
 
         from sparing.core.predictor import build_model
@@ -143,8 +143,14 @@ class Distil(Train):
 
         if self.model is None:
             return job.fresh_model()
-        if not isinstance(self.model, str | Mapping):
+        if hasattr(self.model, "state_dict"):
             return copy.deepcopy(self.model)
+        if callable(self.model):
+            with isolated_rng("model", job.seed):
+                made = self.model()
+            if not hasattr(made, "state_dict"):
+                raise InvalidValue(f"{self.id}: model made a {type(made).__name__}; a torch.nn.Module is expected")
+            return made
         name, fields = (self.model, {}) if isinstance(self.model, str) else (self.model["name"], dict(self.model))
         fields.pop("name", None)
         with isolated_rng("model", job.seed):
