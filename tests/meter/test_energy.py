@@ -48,5 +48,5 @@ def test_joules_per_call():
 
 
 def test_reason_without_zeus(monkeypatch):
-    monkeypatch.setattr(energy, "find_spec", lambda name: None)
+    monkeypatch.setattr(energy, "version_of", lambda name: "")
     assert "pip install 'sparing[energy]'" in energy.counter_missing()

@@ -157,7 +157,7 @@ class TestGaps:
         assert "meter_guests" in found.figures["peak memory"].note
 
     def test_energy_switched_off_and_counter_only(self, monkeypatch):
-        monkeypatch.setattr("sparing.core.energy.find_spec", lambda name: None)
+        monkeypatch.setattr("sparing.core.energy.version_of", lambda name: "")
         task = Blobs()
         predictor = comparable(ModulePredictor(task.default_model(), task), task)
         for energy, note in (("off", "switched off"), ("counter", "pip install 'sparing[energy]'")):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
+from sparing.core.environment import version_of
 from sparing.core.predictor import Description
 
 MAC_PJ = {"fp32": 0.9 + 3.7, "fp16": 0.4 + 1.1, "bf16": 0.4 + 1.1, "int8": 0.1 + 0.2}
@@ -36,7 +36,7 @@ def estimate_mj(description: Description) -> tuple[float | None, str]:
 
 def counter_missing() -> str:
     """Why no counter can even be tried, or empty."""
-    return "" if find_spec("zeus") else "no counter: zeus is not installed (pip install 'sparing[energy]')"
+    return "" if version_of("zeus") else "no counter: zeus is not installed (pip install 'sparing[energy]')"
 
 
 def open_counter() -> tuple[Callable[[], float], str]:
