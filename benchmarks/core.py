@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 
 from claims import Claim, main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # bounds and the kill harness are the tests' own
+
 from sparing.core.ledger import MODEL_BYTES, P50, Ledger
 from sparing.core.registry import resolve
 from sparing.core.statistics import t_interval
@@ -289,6 +292,35 @@ def measure_meter_repeat(repetitions: int = 10) -> list[Claim]:
     ]
 
 
+# ------------------------------------------------------------------------------------------------------ kills, fuzz
+
+
+def measure_fuzz(cases: int = 5000) -> list[Claim]:
+    """Damaged recipes, model folders and data files, each read in a process of its own."""
+    import fuzz
+
+    found = fuzz.run(cases)
+    for line in found["wrong"][:20]:
+        print(line)
+    return [
+        Claim(
+            id="fuzz",
+            statement="damaged recipes, model folders and data files are read or refused, in 1 s and 256 MiB",
+            source=SOURCE,
+            figure=float(len(found["wrong"])),
+            unit="cases that ended otherwise",
+            comparison="==",
+            threshold=0.0,
+            also=[
+                ("cases", float(found["cases"]), ">=", 5000.0),
+                ("slowest, s", found["worst"]["seconds"], "<=", 1.0),
+                ("largest, MiB", found["worst"]["mebibytes"], "<=", 256.0),
+            ],
+            details={"kinds": found["kinds"], "wrong": found["wrong"][:20]},
+        )
+    ]
+
+
 def _data() -> Path:
     import os
 
@@ -312,6 +344,7 @@ BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
     "quickstart": measure_quickstart,
     "int8_convnet": measure_int8_convnet,
     "meter_repeat": measure_meter_repeat,
+    "fuzz": measure_fuzz,
 }
 
 if __name__ == "__main__":
