@@ -222,7 +222,8 @@ def test_cache_shows_prunes_and_clears(tmp_path: Path, capfd: pytest.CaptureFixt
     for name in ("old", "new"):
         bound.once(name, lambda: {"numbers": list(range(100))}, JSON)
     old = next(entry for entry in Store(store).entries() if entry.name == "old")
-    os.utime(old.folder / "entry.json", (1, 1))
+    for path in (old.folder / "entry.json", old.folder):
+        os.utime(path, (1, 1))
     assert main(["cache", "--store", str(store)]) == 0
     shown = capfd.readouterr().out
     assert "2 results" in shown
