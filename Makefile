@@ -1,6 +1,7 @@
 # make demo    install into .venv and run the quickstart       make bench   the measured claims of benchmarks/
 # make test    the whole test suite                            make docs    the documentation, into docs/_build/html
 # make check   style, types, floors, docs, no torchvision      make clean   remove everything made here
+# make readme-ledger   run the quickstart from nothing and put its ledger into README.md; wants a quiet machine
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs readme-ledger clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparing run quickstart
@@ -30,6 +31,11 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	set -e; for script in benchmarks/[a-z]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+readme-ledger: $(VENV)/.installed-dev
+	rm -rf build/readme
+	$(BIN)/sparing run quickstart --store build/readme/store --out build/readme/run
+	$(BIN)/python docs/_ext/ledger_table.py build/readme/run
 
 clean:
 	rm -rf $(VENV) docs/_build docs/api build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -19,6 +19,7 @@ from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from ledger_table import KEPT, origin, transposed
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import GoogleDocstring
@@ -27,6 +28,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import stringify_annotation
 
 from sparing.core import errors
+from sparing.core.ledger import FILE, Ledger
 from sparing.core.registry import parts, resolve
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -223,6 +225,31 @@ def footnote(result: dict[str, Any]) -> str:
     return f"Measured in {number(round(result['wall_s']))} s: {'; '.join(parts_)}."
 
 
+class MeasuredLedger(Rendered):
+    """``.. ledger:: quickstart``: every figure of the ledger kept in ``benchmarks/results/quickstart/``."""
+
+    def text(self, argument: str) -> str:
+        folder = KEPT.parent / argument
+        self.env.note_dependency(str(folder / FILE))
+        ledger = Ledger.load(folder)
+        return f"{table(*transposed(ledger))}\n{origin(ledger)}"
+
+
+class PartReference(Rendered):
+    """``.. part:: KIND NAME``: docstring, arguments and class of a registered task, model or other part."""
+
+    def text(self, argument: str) -> str:
+        kind, name = argument.split()
+        cls = resolve(kind, name)
+        facts = [("class", f":class:`{cls.__module__}.{cls.__qualname__}`")]
+        if isinstance(capabilities := getattr(cls, "capabilities", None), frozenset):
+            facts.append(("capabilities", ", ".join(f"``{x}``" for x in sorted(capabilities))))
+        if isinstance(metrics := getattr(cls, "metrics", None), tuple):
+            named = [f"``{metric.name}`` ({metric.better} is better)" for metric in metrics]
+            facts.append(("metrics", ", ".join(named) + "; the first is the headline"))
+        return docstring(cls, self) + "\n\n" + "\n".join(f":{name}: {value}" for name, value in facts)
+
+
 class Command(Rendered):
     """``.. command:: sparing run --help``: what the command prints, run when the docs are built."""
 
@@ -250,6 +277,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
         "parts": Parts,
         "errors": Errors,
         "claims": Claims,
+        "ledger": MeasuredLedger,
+        "part": PartReference,
         "command": Command,
     }.items():
         app.add_directive(name, directive)

@@ -9,6 +9,9 @@ What a page may hold, and how it is run:
 - ``<!-- not run: REASON -->`` before a block leaves it out;
 - ``<!-- check`` … ``-->`` holds Python that asserts the effect of what ran above. In it, ``printed`` is the
   standard output of the last block, and each executed block needs a check or an ``assert`` of its own below it.
+
+To take seconds, a packaged recipe that is run by its name gets the overrides of ``small_recipes``, all rows are clocked
+briefly, and the pages share one store, so that what one page has trained another reads.
 """
 
 from __future__ import annotations
@@ -20,17 +23,25 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
+from small_recipes import SMALL
+from sparing.cli import main
+from sparing.core import pipeline
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)])
 COMMENT = re.compile(r"<!--\s*(file:|tests add:|not run:|check\b)(.*?)-->", re.DOTALL)
-SPARING = [sys.executable, "-c", "from sparing.cli import main; main()"]
+BRIEF = {"min_seconds": 0, "max_seconds": 0.2, "memory": False}
+"""Fields of the meter that runs on pages are measured by, unless a recipe says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,40 @@ def run_console(block: Block, folder: Path) -> str:
     for command in re.findall(r"^\$ (.+)$", block.text.replace("\\\n", " "), re.MULTILINE):
         program, *arguments = shlex.split(command, comments=True)
         if program == "sparing":
-            words, where = [*SPARING, *arguments, *shlex.split(block.note)], folder
+            with caught_output() as output:
+                code = main([*arguments, *small(arguments), *shlex.split(block.note)])
+            shown = output.getvalue()
         elif program == "make":
-            words, where = ["make", "-n", *arguments], ROOT
+            done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+            code, shown = done.returncode, done.stdout + done.stderr
         else:
             raise AssertionError(f"line {block.line}: {program!r} is not run here; say why with <!-- not run: … -->")
-        done = subprocess.run(words, cwd=where, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, f"line {block.line}: {command}\n{done.stdout}\n{done.stderr}"
-        printed += done.stdout
+        assert code == 0, f"line {block.line}: {command}\n{shown}"
+        printed += shown
     return printed
+
+
+def small(arguments: list[str]) -> list[str]:
+    """What is added to a command to make a packaged recipe small."""
+    if arguments[:1] != ["run"] or arguments[1] not in SMALL:
+        return []
+    return [word for override in SMALL[arguments[1]] for word in ("--set", override)]
+
+
+@contextlib.contextmanager
+def caught_output() -> Iterator[io.StringIO]:
+    """Receives all standard output, of Python's streams and of the process."""
+    caught, kept, before = io.StringIO(), os.dup(1), sys.stdout
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as sys.stdout:
+        os.dup2(sys.stdout.fileno(), 1)
+        try:
+            yield caught
+        finally:
+            sys.stdout.seek(0)
+            caught.write(sys.stdout.read())
+            os.dup2(kept, 1)
+            os.close(kept)
+            sys.stdout = before
 
 
 def run_page(page: Path, folder: Path) -> int:
@@ -122,13 +158,22 @@ def run_page(page: Path, folder: Path) -> int:
     return sum(block.kind in {"python", "console"} for block in todo)
 
 
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages") / "store"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_runs_and_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_page_runs_and_does_what_it_says(
+    page: Path, tmp_path: Path, shared_store: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / "page"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
+    monkeypatch.setenv("SPARING_STORE", str(shared_store))
+    monkeypatch.setattr(pipeline, "Meter", partial(pipeline.Meter, **BRIEF))
     before = set(sys.modules)
     try:
         run_page(page, folder)

@@ -1,0 +1,51 @@
+"""README's ledger is made from a measured one, and from nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparing.core.ledger import MODEL_BYTES, Ledger
+from sparing.core.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+
+from ledger_table import BEGIN, END, KEPT, SHORT, markdown, origin, transposed, with_ledger  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def kept() -> Ledger:
+    return Ledger.load(KEPT)
+
+
+def test_readme_shows_the_kept_ledger_as_it_is(kept: Ledger):
+    text = (ROOT / "README.md").read_text()
+    assert text == with_ledger(text, kept), "python docs/_ext/ledger_table.py writes README's ledger"
+
+
+def test_the_kept_ledger_is_of_the_quickstart_as_it_now_is(kept: Ledger):
+    recipe = load_recipe("quickstart")
+    assert kept.ids == tuple(step.id for step in recipe.steps)
+    ours = {row.id: dict(row.config) for row in kept.rows}
+    assert ours == {step.id: step.config() for step in recipe.steps}, "the recipe has changed: make readme-ledger"
+
+
+def test_every_line_of_the_short_table_is_a_column_and_a_step_of_the_ledger_a_column(kept: Ledger):
+    head, rows = transposed(kept, SHORT)
+    assert head == ["", *kept.ids]
+    assert [row[0] for row in rows] == list(SHORT)
+    first = kept.rows[0].figures[MODEL_BYTES].value
+    assert {row[0]: row[1] for row in rows}[MODEL_BYTES] == f"{first / 1e6:.3f} MB"
+    _, whole = transposed(kept)
+    assert {row[0] for row in whole} > set(SHORT)
+
+
+def test_only_what_stands_between_the_marks_is_replaced(kept: Ledger):
+    made = with_ledger(f"above\n{BEGIN}\nold\n{END}\nbelow\n", kept)
+    assert made == f"above\n{BEGIN}\n\n{markdown(kept)}\n\n{END}\nbelow\n"
+    assert origin(kept) in made
+    with pytest.raises(SystemExit, match="no block between"):
+        with_ledger("nothing", kept)
