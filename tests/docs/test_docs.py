@@ -68,7 +68,7 @@ def blocks(text: str) -> list[Block]:
         if token.type == "html_block":
             for kind, body in COMMENT.findall(token.content):
                 if kind == "check":
-                    found.append(Block("check", body, line))
+                    found.append(Block("check", body, line - 1))  # the body begins on the comment's own line
                 else:
                     order = (kind, body.strip())
         elif token.type == "fence":
@@ -100,7 +100,7 @@ def run_console(block: Block, folder: Path) -> str:
         program, *arguments = shlex.split(command, comments=True)
         if program == "sparing":
             with caught_output() as output:
-                code = main([*arguments, *small(arguments), *shlex.split(block.note)])
+                code = main([*small(arguments), *shlex.split(block.note)])
             shown = output.getvalue()
         elif program == "make":
             done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -113,10 +113,10 @@ def run_console(block: Block, folder: Path) -> str:
 
 
 def small(arguments: list[str]) -> list[str]:
-    """What is added to a command to make a packaged recipe small."""
+    """The command, on its small form where it runs a packaged recipe; what the page sets comes later and wins."""
     if arguments[:1] != ["run"] or arguments[1] not in SMALL:
-        return []
-    return [word for override in SMALL[arguments[1]] for word in ("--set", override)]
+        return arguments
+    return [*arguments[:2], *(word for override in SMALL[arguments[1]] for word in ("--set", override)), *arguments[2:]]
 
 
 @contextlib.contextmanager
