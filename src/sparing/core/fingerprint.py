@@ -22,6 +22,10 @@ from sparing.core.environment import cpu, version_of
 from sparing.core.errors import SparingError
 from sparing.core.files import sha256_of
 
+Update = Callable[[Any], Any]
+"""Takes a piece of bytes, as a buffer of any kind."""
+_PLAIN = (type(None), bool, int, float, str, tuple, list)
+
 
 class NoFingerprint(SparingError):
     """A thing has no content Sparing can read; give it ``fingerprint()`` or pass ``version="…"``."""
@@ -35,29 +39,47 @@ def fingerprint(thing: Any) -> str:
     dataclasses, functions and classes (see :func:`own_code`, and what they close over), anything with a method
     ``fingerprint()`` or ``to_dict()``. Raises :class:`NoFingerprint` for the rest.
     """
+    try:
+        return _digest(thing, ())
+    except RecursionError:
+        raise NoFingerprint(f"cannot fingerprint a {type(thing).__name__} nested hundreds of levels deep") from None
+
+
+def _digest(thing: Any, above: tuple[int, ...]) -> str:
     digest = hashlib.sha256()
-    _feed(digest.update, thing, frozenset())
+    _feed(digest.update, thing, above)
     return digest.hexdigest()
 
 
-def _feed(update: Callable[[bytes], Any], thing: Any, above: frozenset[int]) -> None:
-    if id(thing) in above and isinstance(thing, dict | list | types.FunctionType):
-        update(b"cycle;")
+def _feed(update: Update, thing: Any, above: tuple[int, ...]) -> None:
+    """Feed ``thing``, which is inside the things with the ids ``above``."""
+    if thing is None or isinstance(thing, bool | float | complex | str):
+        text = repr(thing)
+        update(f"{type(thing).__name__}:{len(text)}:{text};".encode())
         return
-    above |= {id(thing)}
+    if isinstance(thing, int):
+        update(f"{type(thing).__name__}:{int(thing):x};".encode())  # decimal is slow, and refused beyond 4300 digits
+        return
+    if id(thing) in above:
+        update(f"cycle:{len(above) - above.index(id(thing))};".encode())
+        return
+    above = (*above, id(thing))
 
     def feed(part: Any) -> None:
         _feed(update, part, above)
 
-    if thing is None or isinstance(thing, bool | int | float | complex | str):
-        update(f"{type(thing).__name__}:{len(str(thing))}:{thing!r};".encode())
-    elif isinstance(thing, bytes | bytearray):
-        update(f"bytes:{len(thing)}:".encode() + bytes(thing))
+    def digest(part: Any) -> str:
+        return _digest(part, above)
+
+    if isinstance(thing, bytes | bytearray | memoryview):
+        content = bytes(thing) if isinstance(thing, memoryview) else thing
+        update(f"bytes:{len(content)}:".encode())
+        update(content)
     elif isinstance(thing, type):
         update(b"class:")
         feed(own_code(thing))
     elif callable(getattr(thing, "fingerprint", None)):
-        update(f"own:{type(thing).__qualname__}:".encode())
+        update(f"own:{type(thing).__module__}.{type(thing).__qualname__}:".encode())
         feed(thing.fingerprint())
     elif isinstance(thing, Path):
         _feed_path(update, thing)
@@ -67,7 +89,8 @@ def _feed(update: Callable[[bytes], Any], thing: Any, above: frozenset[int]) -> 
         _feed_array(update, np.asarray(thing))
     elif isinstance(thing, Mapping):
         update(f"map:{len(thing)}:".encode())
-        for key in sorted(thing, key=lambda key: (type(key).__name__, str(key))):
+        plain = all(type(key) is str for key in thing)
+        for key in sorted(thing, key=None if plain else digest):
             feed(key)
             feed(thing[key])
     elif isinstance(thing, list | tuple):
@@ -76,11 +99,12 @@ def _feed(update: Callable[[bytes], Any], thing: Any, above: frozenset[int]) -> 
             feed(item)
     elif isinstance(thing, set | frozenset):
         update(f"set:{len(thing)}:".encode())
-        for item in sorted(fingerprint(item) for item in thing):
+        for item in sorted(map(digest, thing)):
             feed(item)
     elif isinstance(thing, range | slice):
-        update(repr(thing).encode())
-    elif _feed_torch(update, thing, feed):
+        update(f"{type(thing).__name__}:".encode())
+        feed((thing.start, thing.stop, thing.step))
+    elif _feed_torch(update, thing, feed, digest):
         pass
     elif isinstance(thing, partial):
         update(b"partial:")
@@ -105,31 +129,45 @@ def _feed(update: Callable[[bytes], Any], thing: Any, above: frozenset[int]) -> 
         )
 
 
-def _feed_array(update: Callable[[bytes], Any], array: np.ndarray) -> None:
+def _feed_array(update: Update, array: np.ndarray) -> None:
     if array.dtype.hasobject:
         raise NoFingerprint(f"cannot fingerprint an array of Python objects (shape {array.shape})")
-    update(f"array:{array.dtype.str}:{array.shape}:".encode())
-    update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).tobytes())
+    if isinstance(array, np.ma.MaskedArray):
+        update(b"masked:")
+        _feed_array(update, np.ma.getmaskarray(array))
+        array = array.filled(array.dtype.type())  # what lies under the mask does not count
+    update(f"array:{array.dtype.descr if array.dtype.names else array.dtype}:{array.shape}:".encode())
+    if array.nbytes:
+        update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 @cache
-def _file_digest(path: str, size: int, mtime_ns: int) -> str:
+def _file_digest(path: str, inode: int, size: int, modified_ns: int, changed_ns: int) -> str:
     return sha256_of(Path(path))
 
 
-def _feed_path(update: Callable[[bytes], Any], path: Path) -> None:
-    if path.is_dir():
-        for folder, subfolders, names in os.walk(path):
-            subfolders.sort()
-            for name in sorted(names):
-                file = Path(folder, name)
-                update(f"file:{file.relative_to(path).as_posix()}:".encode())
-                _feed_path(update, file)
-    elif path.is_file():
-        stat = path.stat()
-        update(_file_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns).encode())
-    else:
-        raise NoFingerprint(f"cannot fingerprint {path}: there is no such file or folder")
+def _feed_path(update: Update, path: Path, above: tuple[Path, ...] = ()) -> None:
+    """The content of a file, or names and contents of all there is in a folder, links followed."""
+    try:
+        if path.is_dir():
+            real = path.resolve()
+            if real in above:
+                update(f"cycle:{len(above) - above.index(real)};".encode())
+                return
+            inside = sorted(path.iterdir(), key=os.fsencode)
+            update(f"folder:{len(inside)}:".encode())
+            for child in inside:
+                name = os.fsencode(child.name)
+                update(b"%d:%s" % (len(name), name))
+                _feed_path(update, child, (*above, real))
+        elif path.is_file():
+            stat = path.stat()
+            digest = _file_digest(str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            update(f"file:{digest};".encode())
+        else:
+            raise NoFingerprint(f"cannot fingerprint {path}: there is no such file or folder")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead back to themselves
+        raise NoFingerprint(f"cannot fingerprint {path}: {error}") from error
 
 
 _KNOWN = frozenset({"builtins", "torch", "numpy", "torch_geometric", "lightning", "pydantic", "sparing"})
@@ -242,49 +280,59 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
-def _feed_function(update: Callable[[bytes], Any], function: Any, feed: Callable[[Any], None]) -> None:
+def _feed_function(update: Update, function: Any, feed: Callable[[Any], None]) -> None:
     update(f"function:{function.__module__}.{function.__qualname__}:".encode())
-    if isinstance(function, types.MethodType):
-        feed(function.__self__)
-        function = function.__func__
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        feed(owner)
+    function = getattr(function, "__func__", function)
     if not isinstance(function, types.FunctionType):
         return
     feed(own_code(function))
     if not _is_library(function.__module__):
+        feed(_instructions(function.__code__))  # tells apart two lambdas of one line
         feed((function.__defaults__, function.__kwdefaults__))
-        feed([cell.cell_contents for cell in function.__closure__ or ()])
+        feed([_content(cell) for cell in function.__closure__ or ()])
 
 
-def _feed_torch(update: Callable[[bytes], Any], thing: Any, feed: Callable[[Any], None]) -> bool:
+def _instructions(code: types.CodeType) -> list[Any]:
+    constants = [_instructions(part) if isinstance(part, types.CodeType) else part for part in code.co_consts]
+    return [code.co_code, constants, code.co_names]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return "empty cell"
+
+
+def _feed_torch(update: Update, thing: Any, feed: Callable[[Any], None], digest: Callable[[Any], str]) -> bool:
     torch = sys.modules.get("torch")
     if torch is None:
         return False
     if isinstance(thing, torch.Tensor):
-        if thing.layout != torch.strided:
-            thing = thing.coalesce() if thing.layout == torch.sparse_coo else thing.to_sparse_coo().coalesce()
-            update(f"sparse:{tuple(thing.shape)}:".encode())
-            feed([thing.indices(), thing.values()])
-        else:
-            tensor = thing.detach().cpu().contiguous()
-            update(f"tensor:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-            update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        try:
+            _feed_tensor(update, thing)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            raise NoFingerprint(
+                f"cannot fingerprint a tensor ({thing.dtype}, {thing.layout}, on {thing.device}): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     elif isinstance(thing, torch.nn.Module):
         update(b"module:")
-        feed([(name, type(module), _attributes(module)) for name, module in thing.named_modules()])
+        feed([(name, type(module), _attributes(module, digest)) for name, module in thing.named_modules()])
         feed([dict(thing.state_dict()), dict(thing.named_buffers())])
         first: dict[int, str] = {}
         for name, parameter in thing.named_parameters(remove_duplicate=False):
             feed((name, first.setdefault(id(parameter), name), parameter.requires_grad))
-    elif isinstance(thing, torch.utils.data.TensorDataset):
-        feed(["TensorDataset", *thing.tensors])
-    elif isinstance(thing, torch.utils.data.Subset):
-        feed(["Subset", thing.dataset, list(thing.indices)])
-    elif isinstance(thing, torch.utils.data.ConcatDataset):
-        feed(["ConcatDataset", *thing.datasets])
+    elif isinstance(thing, torch.utils.data.TensorDataset | torch.utils.data.Subset | torch.utils.data.ConcatDataset):
+        update(b"dataset:")
+        feed((type(thing), vars(thing)))
     elif isinstance(thing, torch.Generator):
         feed(thing.get_state())
-    elif isinstance(thing, torch.dtype | torch.device | torch.Size):
-        update(str(thing).encode())
+    elif isinstance(thing, torch.dtype | torch.device):
+        update(f"torch:{thing};".encode())
     elif type(thing).__module__.startswith("torch_geometric.") and hasattr(thing, "to_dict"):
         feed([type(thing).__name__, thing.to_dict()])
     elif type(thing).__module__.startswith("torch_geometric.") and hasattr(thing, "__getitem__"):
@@ -294,11 +342,29 @@ def _feed_torch(update: Callable[[bytes], Any], thing: Any, feed: Callable[[Any]
     return True
 
 
-def _attributes(module: Any) -> dict[str, Any]:
+def _feed_tensor(update: Update, tensor: Any) -> None:
+    import torch
+
+    if tensor.is_quantized:
+        raise NotImplementedError("quantized tensors are not read")
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        sparse = (tensor if tensor.layout == torch.sparse_coo else tensor.to_sparse_coo()).coalesce()
+        update(f"sparse:{tuple(tensor.shape)}:".encode())
+        _feed_tensor(update, sparse.indices())
+        _feed_tensor(update, sparse.values())
+    else:
+        tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        update(f"tensor:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        if tensor.numel():
+            update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _attributes(module: Any, digest: Callable[[Any], str]) -> dict[str, Any]:
     """What a module holds besides parameters, buffers and submodules: numbers, functions it calls, hooks …
 
-    Of torch's own classes the public plain values (stride, eps …). Of others everything; what is private counts as far
-    as it can be read.
+    Of torch's own classes the public plain values and functions (stride, eps, activation …). Of others everything; what
+    is private counts as far as it can be read.
     """
     from torch import nn
 
@@ -312,11 +378,11 @@ def _attributes(module: Any) -> dict[str, Any]:
         if name in internal:
             continue
         if _is_library(type(module).__module__):
-            if not name.startswith("_") and isinstance(value, bool | int | float | str | tuple | list | None):
+            if not name.startswith("_") and (isinstance(value, _PLAIN) or inspect.isroutine(value)):
                 found[name] = value
             continue
         try:
-            found[name] = fingerprint(value)
+            found[name] = digest(value)
         except NoFingerprint as error:
             if not name.startswith("_"):
                 raise NoFingerprint(f"the attribute {name!r} of {type(module).__qualname__}: {error}") from None
