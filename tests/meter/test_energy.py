@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from sparing.compression.quantization import Scheme
 from sparing.core import energy
 from sparing.core.energy import estimate_mj, joules_per_call
 from sparing.core.predictor import Description
@@ -27,6 +28,8 @@ def test_int8_costs_what_the_table_says():
 
 def test_mixed_formats_pay_the_dearest_price():
     assert estimate_mj(replace(FP32, precision="int8 + fp32")) == estimate_mj(FP32)
+    assert estimate_mj(replace(FP32, precision=str(Scheme(keep_float=("head/Gemm",))))) == estimate_mj(FP32)
+    assert estimate_mj(replace(FP32, precision=str(Scheme()))) < estimate_mj(FP32)
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ class Scheme:
 
     def __str__(self) -> str:
         grain = "per channel" if self.per_channel else "per tensor"
-        kept = f"; in float: {', '.join(self.keep_float)}" if self.keep_float else ""
-        return f"int8 ({'QDQ static' if self.mode == 'static' else 'dynamic'}, {grain}{kept})"
+        kept = f" + fp32 (in float: {', '.join(self.keep_float)})" if self.keep_float else ""
+        return f"int8 ({'QDQ static' if self.mode == 'static' else 'dynamic'}, {grain}){kept}"
 
 
 def prepare(content: bytes) -> ModelProto:
