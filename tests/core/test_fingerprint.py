@@ -23,6 +23,8 @@ from bounds import watched
 from sparing.core import fingerprint as module
 from sparing.core.fingerprint import NoFingerprint, fingerprint
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 
 @pytest.mark.parametrize("name", THINGS)
 def test_a_thing_made_twice_has_one_fingerprint(name):

@@ -138,5 +138,7 @@ def test_attributes_of_a_users_module_count_private_ones_as_far_as_they_can_be_r
     assert fingerprint(Scaled(1.0, {"a": 1})) != fingerprint(Scaled(2.0, {"a": 1}))
     assert fingerprint(Scaled(1.0, {"a": 1})) != fingerprint(Scaled(1.0, {"a": 2}))
     assert fingerprint(Scaled(object(), torch.relu)) == fingerprint(Scaled(object(), torch.relu))
-    with pytest.raises(NoFingerprint, match=r"the attribute 'settings' of Scaled: cannot fingerprint a builtins.object"):
+    with pytest.raises(
+        NoFingerprint, match=r"the attribute 'settings' of Scaled: cannot fingerprint a builtins.object"
+    ):
         fingerprint(Scaled(1.0, object()))
