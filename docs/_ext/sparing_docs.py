@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -258,7 +259,8 @@ class Command(Rendered):
         if program != "sparing":
             raise self.error(f"only sparing's own commands are run here, not {program!r}")
         done = subprocess.run(
-            [sys.executable, "-c", "from sparing.cli import main; main()", *rest],
+            [sys.executable, "-m", "sparing.cli", *rest],
+            env=os.environ | {"COLUMNS": "100"},
             capture_output=True,
             text=True,
             timeout=60,

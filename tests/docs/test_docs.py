@@ -191,6 +191,26 @@ def test_every_registered_step_has_a_page_that_shows_its_fields():
     assert not missing, f"docs/steps/<name>.md with '.. step:: <name>' is missing for {missing}"
 
 
+@pytest.mark.parametrize("kind", ["tasks", "models"])
+def test_every_registered_task_and_model_is_on_its_page(kind: str):
+    from sparing.core.registry import parts
+
+    page = (ROOT / "docs" / f"{kind}.md").read_text()
+    missing = [name for name in parts(kind) if f".. part:: {kind} {name}\n" not in page]
+    assert not missing, f"docs/{kind}.md has no '.. part:: {kind} <name>' for {missing}"
+
+
+def test_every_command_shows_its_help_on_the_page():
+    from sparing.cli import app, data_app
+
+    page = (ROOT / "docs" / "cli.md").read_text()
+    commands = [name for name in app if not name.startswith("-") and name != "data"]
+    commands += [f"data {name}" for name in data_app if not name.startswith("-")]
+    assert len(commands) > 10
+    missing = [name for name in commands if f".. command:: sparing {name} --help\n" not in page]
+    assert not missing, f"docs/cli.md has no '.. command:: sparing <name> --help' for {missing}"
+
+
 # The harness itself.
 
 
