@@ -149,9 +149,9 @@ def _print_plan(planned: Plan, quiet: bool) -> None:
         return
     plan = planned.describe()
     output.say(f"{plan['recipe']}: task {plan['task']}, seed {plan['seed']}; the plan is consistent")
-    shown = output.table("step", "id", "stage", "place", "stored", "seconds when made", right=("seconds when made",))
+    shown = output.table("step", "id", "stage", "place", "stored", "estimated s", right=("estimated s",))
     for step in plan["steps"]:
-        seconds = step["seconds_when_made"]
+        seconds = step["estimated_seconds"]
         stored = f"{step['stored_results']} result{'s' if step['stored_results'] != 1 else ''}"
         shown.add_row(
             *map(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sparing.core.task import Splits, Task
 
 log = logging.getLogger("sparing")
+SEEDS_LOOKED_AT = 32
+"""Seeds 0 … whose stored results tell a plan how long a step takes."""
 MEASUREMENT: All[Any] = All({"row": JSON, "outcomes": ARRAYS})
 
 
@@ -43,6 +45,8 @@ class PlannedStep:
     step: Step
     place: str
     stored: tuple[int, float] | None
+    estimate: float | None
+    """Wall seconds it took with another seed on this machine; None when it never ran."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Plan:
                     "fields": planned.step.config(),
                     "stored_results": planned.stored[0] if planned.stored else 0,
                     "seconds_when_made": planned.stored[1] if planned.stored else None,
+                    "estimated_seconds": 0.0 if planned.stored else planned.estimate,
                 }
                 for planned in self.steps
             ],
@@ -261,7 +266,10 @@ def _look_up(
     planned = []
     for index, step in enumerate(recipe.steps):
         bound = job.store.child("step", step)
-        planned.append(PlannedStep(step, recipe.place(index), bound.stored_cost()))
+        stored = bound.stored_cost()
+        others = (replace(bound, seed=seed).stored_cost() for seed in range(SEEDS_LOOKED_AT))
+        estimate = None if stored else next((cost[1] for cost in others if cost), None)
+        planned.append(PlannedStep(step, recipe.place(index), stored, estimate))
         if target := step.target_task():
             bound = bound.child("data", target.splits(data))
         job = job.replace(store=bound)
@@ -340,6 +348,27 @@ def run(
         first = first or job
     assert first is not None
     return Run(ledger, folder, _deployed(first) if first.predictor else None, first)
+
+
+def begin(
+    task: Task | str,
+    model: nn.Module | str | Path | None = None,
+    *,
+    trained: bool = False,
+    seed: int = 0,
+    data: Path | str | None = None,
+    store: Store | None = None,
+    meter: Mapping[str, Any] | None = None,
+) -> Job:
+    """The job that a run on ``task`` begins with, to try steps on by hand; arguments as of :func:`run`."""
+    part = PartRef(task, place="task") if isinstance(task, str) else task
+    given: Any = PartRef(model, place="model") if isinstance(model, str) else model
+    recipe = Recipe(part, (), given, trained or isinstance(model, Path), meter=dict(meter or {}))
+    problems: list[str] = []
+    live, measuring = _task(recipe, problems), _meter(recipe, problems)
+    if live is None or measuring is None:
+        raise RecipeError(problems)
+    return _start(recipe, live, measuring, seed, Path(data) if data else None, store or Store())[0]
 
 
 def _recipe_of(
@@ -590,4 +619,4 @@ def run_inner(job: Job, steps: Sequence[Step]) -> Job:
     return job
 
 
-__all__ = ["Plan", "PlannedStep", "Run", "advance", "check_steps", "plan", "run", "run_inner"]
+__all__ = ["Plan", "PlannedStep", "Run", "advance", "begin", "check_steps", "plan", "run", "run_inner"]
