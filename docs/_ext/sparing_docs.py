@@ -198,7 +198,7 @@ class Claims(Rendered):
         if missing := set(wanted) - {claim["id"] for claim in claims}:
             raise self.error(f"{file.name} holds no claim {', '.join(sorted(missing))}")
         rows = [claim_row(claim) for claim in claims]
-        head = ["claim", "figure", "95 % interval", "runs", "beside", "reach", "holds"]
+        head = ["claim", "figure", "95 % interval", "runs", "beside", "reach", "holds", "further conditions"]
         return f"{table(head, rows)}\n{footnote(result)}"
 
 
@@ -213,6 +213,7 @@ def claim_row(claim: dict[str, Any]) -> list[str]:
         "; ".join(f"{base['name']}: {number(base['figure'])}" for base in claim.get("baselines", [])),
         number(claim["threshold"]) + ("" if claim["gate"] else " (open question)"),
         "yes" if claim["holds"] else "**no**",
+        "; ".join(f"{name}: {number(value)} ({sign} {number(limit)})" for name, value, sign, limit in claim["also"]),
     ]
 
 
@@ -220,7 +221,9 @@ def footnote(result: dict[str, Any]) -> str:
     """Where and with what a result was measured."""
 
     def flat(value: Any) -> str:
-        return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {flat(item)}" for name, item in value.items())
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
     parts_ = [flat(result["machine"]), flat(result["versions"]), f"revision {result['revision']}"]
     return f"Measured in {number(round(result['wall_s']))} s: {'; '.join(parts_)}."

@@ -191,6 +191,14 @@ def test_every_registered_step_has_a_page_that_shows_its_fields():
     assert not missing, f"docs/steps/<name>.md with '.. step:: <name>' is missing for {missing}"
 
 
+HEADINGS = ["When to use it", "When not", "How", "Measured", "Cost and limits", "Reference"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "steps").glob("[!i]*.md")), ids=lambda page: page.stem)
+def test_all_pages_of_steps_answer_the_same_questions(page: Path):
+    assert re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE) == HEADINGS
+
+
 @pytest.mark.parametrize("kind", ["tasks", "models"])
 def test_every_registered_task_and_model_is_on_its_page(kind: str):
     from sparing.core.registry import parts
