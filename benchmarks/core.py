@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from claims import Claim, main
+from _claims import Claim, main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # bounds and the kill harness are the tests' own
 
@@ -297,9 +297,9 @@ def measure_meter_repeat(repetitions: int = 10) -> list[Claim]:
 
 def measure_fuzz(cases: int = 5000) -> list[Claim]:
     """Damaged recipes, model folders and data files, each read in a process of its own."""
-    import fuzz
+    import _fuzz
 
-    found = fuzz.run(cases)
+    found = _fuzz.run(cases)
     for line in found["wrong"][:20]:
         print(line)
     return [
