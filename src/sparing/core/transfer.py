@@ -36,7 +36,8 @@ def transfer_model(model: nn.Module, old: Task, new: Task) -> tuple[nn.Module, l
     if spec is None:
         moved, begun = _new_head(copy.deepcopy(model), len(old.labels), len(new.labels))
     else:
-        own = {name: value for name, value in spec.config.items() if name not in old.model_fields()}
+        told = old.model_fields().keys() & new.model_fields().keys()  # what the new task does not tell stays as it was
+        own = {name: value for name, value in spec.config.items() if name not in told}
         moved = build_model(spec.builder, new, **own)
         begun = _take_over(moved, model.state_dict(), f"{old.name} → {new.name}")
     try:
@@ -111,7 +112,7 @@ class Transfer(Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.task, str) and self.fields:
-            raise InvalidValue(f"{self.id}: fields belong to a task given by name; this one is made already")
+            raise InvalidValue(f"fields = {self.fields}: they belong to a task given by name; this one is made already")
         self.target_task()
 
     @cached_property
@@ -124,9 +125,7 @@ class Transfer(Step):
         except SparingError:
             raise
         except TypeError as error:
-            raise InvalidValue(
-                f"{self.id}: the task {self.task!r} cannot be made with {self.fields}: {error}"
-            ) from error
+            raise InvalidValue(f"task = {self.task!r} cannot be made with fields = {self.fields}: {error}") from error
 
     def target_task(self) -> Task:
         """The task this step changes the job to."""

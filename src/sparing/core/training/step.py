@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -81,17 +82,17 @@ class Train(Step):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scheduler_args and not self.scheduler:
+            raise InvalidValue(f"scheduler_args = {self.scheduler_args}, but no scheduler is named")
         # the usual choices need no torch to be checked
         if self.optimizer not in {"AdamW", "Adam", "SGD"} or self.optimizer_args:
             from sparing.core.training.optimization import optimizer_class
 
-            optimizer_class(self.optimizer, self.optimizer_args)
-        if self.scheduler_args and not self.scheduler:
-            raise InvalidValue(f"scheduler_args = {self.scheduler_args}, but no scheduler is named")
+            _checked("optimizer", self.optimizer, self.optimizer_args, optimizer_class)
         if self.scheduler not in {"", "cosine", "one_cycle"} or self.scheduler_args:
             from sparing.core.training.optimization import scheduler_class
 
-            scheduler_class(self.scheduler, self.scheduler_args)
+            _checked("scheduler", self.scheduler, self.scheduler_args, scheduler_class)
 
     def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
         """The model to train and the plan to train it by. Subclasses override this, e.g. to add a loss term.
@@ -134,6 +135,15 @@ class Train(Step):
             job.record("skipped batches", result.skipped, "", better="lower")
         job.notes.curves.update(result.curves)
         job.notes.remarks.extend(result.remarks)
+
+
+def _checked(field: str, name: str, args: dict[str, Any], check: Callable[[str, dict[str, Any]], Any]) -> None:
+    """Name the fields that ``check`` refuses."""
+    try:
+        check(name, args)
+    except InvalidValue as error:
+        given = f"{field} = {name!r}" + (f", {field}_args = {args!r}" if args else "")
+        raise InvalidValue(f"{given}: {error}") from None
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
