@@ -3,7 +3,8 @@
 What a page may hold, and how it is run:
 
 - a ``python`` block is executed in the page's one namespace;
-- a ``console`` block's lines that begin with ``$`` are executed: ``sparing …`` for real, ``make …`` as ``make -n``;
+- a ``console`` block's lines that begin with ``$`` are executed: ``sparing …`` and ``python …``, and ``make …`` as
+  ``make -n``;
 - ``<!-- file: NAME -->`` before a block writes the block to that file instead;
 - ``<!-- tests add: --set … -->`` before a console block makes its ``sparing`` commands shorter by these arguments;
 - ``<!-- not run: REASON -->`` before a block leaves it out;
@@ -102,8 +103,9 @@ def run_console(block: Block, folder: Path) -> str:
             with caught_output() as output:
                 code = main([*small(arguments), *shlex.split(block.note)])
             shown = output.getvalue()
-        elif program == "make":
-            done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        elif program in {"make", "python"}:
+            words, where = (["make", "-n"], ROOT) if program == "make" else ([sys.executable], folder)
+            done = subprocess.run([*words, *arguments], cwd=where, capture_output=True, text=True, check=False)
             code, shown = done.returncode, done.stdout + done.stderr
         else:
             raise AssertionError(f"line {block.line}: {program!r} is not run here; say why with <!-- not run: … -->")
@@ -173,6 +175,7 @@ def test_page_runs_and_does_what_it_says(
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
     monkeypatch.setenv("SPARING_STORE", str(shared_store))
+    monkeypatch.setenv("COLUMNS", "240")  # no heading is folded
     monkeypatch.setattr(pipeline, "Meter", partial(pipeline.Meter, **BRIEF))
     before = set(sys.modules)
     try:
