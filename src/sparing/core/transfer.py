@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from sparing.core import registry
-from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError
 from sparing.core.step import Stage, Step, step
 from sparing.core.task import Task
 
@@ -140,6 +140,8 @@ class Transfer(Step):
                 f"{self.id!r}: the training plan made for the task {job.task.name!r} has not been used; train first"
             )
         task = self.target_task()
+        if task is job.task or (task.name, task.fingerprint()) == (job.task.name, job.task.fingerprint()):
+            raise NoEffect(f"{self.id!r}: the job is on the task {task.name!r} already, with the same definition")
         splits = task.splits(job.root)
         with isolated_rng("transfer", job.seed, self.id):
             model, begun = transfer_model(job.fresh_model(), job.task, task)
