@@ -56,6 +56,13 @@ def test_what_was_learned_is_kept(tmp_path):
     torch.testing.assert_close(moved, pre, rtol=0, atol=1e-6)
 
 
+def test_two_tasks_of_one_name_are_refused_since_rows_know_their_task_by_name(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"steps\[1\]: 'transfer' changes the task to one that is also called 'points'"
+    ):
+        go(Points(), PRE, Transfer(task=Points(seed=9)), FINE)(tmp_path)
+
+
 def test_a_model_that_does_not_fit_the_new_task_is_refused(tmp_path):
     with pytest.raises(IncompatibleStep, match="does not run on an input of the task 'wider'"):
         go(Points(), PRE, Transfer(task=Wider()), FINE)(tmp_path)

@@ -179,7 +179,7 @@ def capabilities_of(model: Any) -> frozenset[str]:
 def check_steps(recipe: Recipe, task: Task, of_model: frozenset[str], problems: list[str]) -> None:
     """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names."""
     capabilities = task.capabilities | of_model
-    stand = _Standing(set(capabilities), set(task.capabilities))
+    stand = _Standing(set(capabilities), task)
     if recipe.trained:
         stand.capabilities.add("trained")
         stand.rows.append("given")
@@ -204,14 +204,14 @@ class _Standing:
     """What is known of the job between two planned steps."""
 
     capabilities: set[str]
-    of_task: set[str]
+    task: Task
     rows: list[str] = field(default_factory=list)
     """Those with a model, which a later step may name."""
     slots: dict[str, str] = field(default_factory=dict)
     promises: dict[str, tuple[Step, str]] = field(default_factory=dict)
 
     def copy(self) -> _Standing:
-        return _Standing(set(self.capabilities), set(self.of_task), list(self.rows), dict(self.slots))
+        return _Standing(set(self.capabilities), self.task, list(self.rows), dict(self.slots))
 
 
 def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problems: list[str]) -> None:
@@ -222,8 +222,10 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
         inner = [(f"{place} {step.name}.{name}", nested) for name, nested in step.nested().items()]
         _check_sequence(inner, stand.copy(), problems)
         if target := step.target_task():
-            stand.capabilities = (stand.capabilities - stand.of_task) | set(target.capabilities)
-            stand.of_task = set(target.capabilities)
+            if problem := _same_name(stand.task, target):
+                problems.append(f"{place}: {step.id!r} {problem}")
+            stand.capabilities = (stand.capabilities - stand.task.capabilities) | target.capabilities
+            stand.task = target
         stand.capabilities = (stand.capabilities - step.removes) | step.gives
         for promise in step.realises:
             stand.promises.pop(promise, None)
@@ -239,6 +241,16 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
             stand.promises[promise] = (step, place)
         if "trained" in stand.capabilities:
             stand.rows.append(step.id)
+
+
+def _same_name(old: Task, new: Task) -> str:
+    """Why a job cannot go from one task to the other, or an empty text."""
+    if old.name != new.name:
+        return ""
+    return (
+        f"changes the task to one that is also called {new.name!r}; rows are compared within a task, which they know "
+        "by its name, so the two need different names"
+    )
 
 
 def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], problems: list[str]) -> None:
@@ -507,6 +519,8 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
         raise SparingError(f"step {step.name!r} returned {type(after).__name__}; apply must return a Job")
     capabilities = after.capabilities
     if after.task is not job.task:
+        if problem := _same_name(job.task, after.task):
+            raise IncompatibleStep(f"{step.id!r} {problem}")
         capabilities = (capabilities - job.task.capabilities) | after.task.capabilities
         splits = after.task.splits(after.root)
         moved, data_key = bound.child("data", after.task, splits), ""

@@ -62,6 +62,7 @@ class ImageFolder(ImageClassification):
         if isinstance(memory_mb, bool) or not isinstance(memory_mb, int | float) or not memory_mb >= 0:
             raise InvalidValue(f"image_folder: memory_mb = {memory_mb!r}; a number of at least 0 is expected")
         self.path = str(path)
+        self.name = f"image_folder:{Path(path).name}"
         self.image_size, self.in_channels = size, channels
         self._shares = {name.removesuffix("_share"): float(share) for name, share in shares.items()}
         self._memory = memory_mb * 1e6

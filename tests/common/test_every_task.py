@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from settings import NEEDS_DATA, TASKS
+from common_settings import NEEDS_DATA, TASKS
 
 from sparing.core.registry import parts
 from sparing.testing import TASK_CHECKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from settings import STEPS
+from common_settings import STEPS
 
 from sparing.core.registry import parts, resolve
 from sparing.testing import STEP_CHECKS

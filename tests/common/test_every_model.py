@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from settings import MODELS
+from common_settings import MODELS
 
 from sparing.core.registry import parts
 from sparing.testing import MODEL_CHECKS

@@ -1,4 +1,4 @@
-"""How each registered part is tried. A new part needs one line here; one without it fails ``test_settings.py``."""
+"""How each registered part is tried. A new part needs one line here; one without it fails its test."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ STEPS = {
         before=(TRAIN,),
         nothing=StepCase(sparing.Export(id="again"), before=(TRAIN, sparing.Export()), nothing="is the case"),
     ),
-    "transfer": StepCase(sparing.Transfer(task="digits"), nothing="another task is an effect"),
+    "transfer": StepCase(
+        sparing.Transfer(task="digits"),
+        nothing=StepCase(sparing.Transfer(task="digits"), task=Digits, nothing="is the case"),
+    ),
 }
 
 

@@ -1,0 +1,34 @@
+"""Every step after every other: the pair runs, or is refused with the reason; it never crashes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from common_settings import STEPS
+
+from sparing import run
+from sparing.core.errors import SparingError
+from sparing.core.store import Store
+from sparing.testing import QUICK
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One for all pairs, so that what they begin with is made once."""
+    return Store(tmp_path_factory.mktemp("pairs") / "store")
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(STEPS, STEPS)))
+def test_pair(first, second, store):
+    one, two = STEPS[first], STEPS[second]
+    before = [*one.before, *(step for step in two.before if step not in one.before)]
+    steps = [*before, dataclasses.replace(one.step, id="one"), dataclasses.replace(two.step, id="two")]
+    refused = ""
+    try:
+        done = run(task=one.task(), steps=steps, meter=QUICK, store=store)
+        assert done.ledger.ids == tuple(step.id for step in steps)
+    except SparingError as error:
+        refused = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    assert not refused or "'one'" in refused or "'two'" in refused, f"refused, but which step? {refused}"
