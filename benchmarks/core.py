@@ -295,6 +295,33 @@ def measure_meter_repeat(repetitions: int = 10) -> list[Claim]:
 # ------------------------------------------------------------------------------------------------------ kills, fuzz
 
 
+def measure_kills(warm: int = 200, cold: int = 20) -> list[Claim]:
+    """Small runs with dropout, 0 and 2 data workers, killed until they finish."""
+    import random
+
+    import _kills
+
+    rng = random.Random(0)
+    found = {"forked": _kills.warm(warm, rng, print), "command line": _kills.cold(cold, rng, print)}
+    return [
+        Claim(
+            id="kills",
+            statement="a killed run goes on and ends with the ledger and the tensors of an unbroken one",
+            source=SOURCE,
+            figure=float(sum(part["unequal"] for part in found.values())),
+            unit="runs that ended otherwise",
+            comparison="==",
+            threshold=0.0,
+            also=[
+                ("forks killed", float(found["forked"]["kills"]), ">=", 200.0),
+                ("inside write windows", float(found["forked"]["inside write windows"]), ">", 0.0),
+                ("command lines killed", float(found["command line"]["kills"]), ">=", 20.0),
+            ],
+            details=found,
+        )
+    ]
+
+
 def measure_fuzz(cases: int = 5000) -> list[Claim]:
     """Damaged recipes, model folders and data files, each read in a process of its own."""
     import _fuzz
@@ -344,6 +371,7 @@ BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
     "quickstart": measure_quickstart,
     "int8_convnet": measure_int8_convnet,
     "meter_repeat": measure_meter_repeat,
+    "kills": measure_kills,
     "fuzz": measure_fuzz,
 }
 
