@@ -109,7 +109,7 @@ def test_all_problems_of_a_recipe_at_once(tmp_path: Path, capfd: pytest.CaptureF
     path.write_text("task: digit\nsteps:\n  - train: {epochs: 0}\n  - quantise\n", encoding="utf-8")
     assert main(["run", str(path)]) == 2
     error = capfd.readouterr().err
-    for said in ("wrong.yaml:1", "Did you mean 'digits'", "wrong.yaml:3", "epochs", "steps[1]", "'quantize'"):
+    for said in ("wrong.yaml:1", "Did you mean 'digits'", "wrong.yaml:3", "epochs", "wrong.yaml:4", "'quantize'"):
         assert said in error
 
 

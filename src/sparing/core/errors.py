@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class SparingError(Exception):
@@ -67,6 +68,15 @@ class MissingDependency(SparingError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'sparing[{extra}]'")
+
+
+def shown(value: Any, limit: int = 120) -> str:
+    """A value as Python writes it, cut after ``limit`` characters, for messages."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

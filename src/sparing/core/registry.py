@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from sparing.core.errors import SparingError, UnknownName, did_you_mean
+from sparing.core.errors import SparingError, UnknownName, did_you_mean, shown
 from sparing.parts import PARTS, Part
 
 KINDS = tuple(PARTS)
@@ -35,10 +35,18 @@ def resolve(kind: str, name: str) -> Any:
     known = parts(kind)
     if name not in known:
         raise UnknownName(
-            f"unknown {kind[:-1]} {name!r}.{did_you_mean(name, known)} Known {kind}: {', '.join(sorted(known))}"
+            f"unknown {kind[:-1]} {shown(name)}.{did_you_mean(name, known)} Known {kind}: {', '.join(sorted(known))}"
         )
     module, _, attribute = known[name].target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except SparingError:
+        raise
+    except Exception as error:  # whatever somebody else's package does when it is imported
+        raise SparingError(
+            f"the {kind[:-1]} {name!r} ({known[name].summary}) cannot be imported from {known[name].target}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def name_of(kind: str, thing: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from sparing.core.errors import InvalidValue, did_you_mean
+from sparing.core.errors import InvalidValue, did_you_mean, shown
 
 if TYPE_CHECKING:
     from sparing.core.job import Job
@@ -121,6 +121,14 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
+class InvalidFields(InvalidValue):
+    """Fields of a step that were refused. ``problems`` holds (field or an empty text, what is wrong with it)."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(line for _, line in problems))
+
+
 def step(name: str) -> Callable[[StepType], StepType]:
     """Class decorator: make ``cls`` a frozen, keyword-only, validated step called ``name``.
 
@@ -133,11 +141,11 @@ def step(name: str) -> Callable[[StepType], StepType]:
         made = pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)
         validated_init = made.__init__
 
-        def __init__(self: Step, **values: Any) -> None:  # noqa: N807
+        def __init__(self: Step, /, **values: Any) -> None:  # noqa: N807
             try:
                 validated_init(self, **values)
             except ValidationError as error:
-                raise InvalidValue("\n".join(field_problems(type(self), error))) from None
+                raise InvalidFields(_problems(type(self), error)) from None
 
         __init__.__doc__ = validated_init.__doc__
         made.__init__ = __init__  # type: ignore[assignment,method-assign]
@@ -148,16 +156,22 @@ def step(name: str) -> Callable[[StepType], StepType]:
 
 def field_problems(cls: type[Step], error: ValidationError) -> list[str]:
     """One line for each field that pydantic refused, with did-you-mean for unknown fields."""
+    return [line for _, line in _problems(cls, error)]
+
+
+def _problems(cls: type[Step], error: ValidationError) -> list[tuple[str, str]]:
     known = [field_.name for field_ in fields(cls)]
-    lines = []
+    found = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-            lines.append(f"{cls.name}: unknown field {place!r}.{did_you_mean(place, known)} Fields: {', '.join(known)}")
+            line = f"unknown field {shown(place)}.{did_you_mean(place, known)} Fields: {', '.join(known)}"
         elif item["type"] in {"missing", "missing_keyword_only_argument", "missing_argument"}:
-            lines.append(f"{cls.name}: field {place!r} is required")
+            line = f"field {place!r} is required"
         elif not place:  # raised by __post_init__, about several fields
-            lines.append(f"{cls.name}: {item['msg'].removeprefix('Value error, ')}")
+            line = message
         else:
-            lines.append(f"{cls.name}: {place} = {item['input']!r}: {item['msg']}")
-    return lines
+            line = f"{place} = {shown(item['input'])}: {message}"
+        found.append((str(item["loc"][0]) if item["loc"] else "", f"{cls.name}: {line}"))
+    return found
