@@ -28,6 +28,7 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import stringify_annotation
 
+from sparing.cli.catalogue import bare
 from sparing.core import errors
 from sparing.core.ledger import FILE, Ledger
 from sparing.core.registry import parts, resolve
@@ -102,7 +103,7 @@ def field_table(cls: type) -> str:
     for item in fields(cls):  # type: ignore[arg-type]
         info = described.get(item.name)
         annotation = info.annotation if info else item.type
-        kind = annotation if isinstance(annotation, str) else stringify_annotation(annotation, "smart")
+        kind = annotation if isinstance(annotation, str) else stringify_annotation(bare(annotation), "smart")
         kind = re.sub(r"~?(?:[a-z_]\w*\.)+([A-Z]\w*)", r"\1", kind.replace("~", ""))
         text = documented.get(item.name) or (info.description if info and info.description else "")
         rows.append([f"``{item.name}``", f"``{kind}``", bounds(info), default(item, info), text])

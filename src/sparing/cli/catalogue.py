@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import operator
 import re
 import textwrap
+import types
+import typing
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -130,8 +134,17 @@ def fields_of(target: Any) -> list[dict[str, Any]]:
     ]
 
 
+def bare(annotation: Any) -> Any:
+    """A type without the metadata that validation hangs on its parts."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return bare(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, map(bare, typing.get_args(annotation)))
+    return annotation
+
+
 def _type(annotation: Any) -> str:
-    shown = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    shown = annotation if isinstance(annotation, str) else inspect.formatannotation(bare(annotation))
     return re.sub(r"\b(typing|collections\.abc|sparing(\.\w+)+)\.", "", shown).replace("NoneType", "None")
 
 

@@ -69,6 +69,8 @@ class StepCase:
     """A case in which it has nothing to act on and must raise ``NoEffect``, or why there is no such case."""
     before: tuple[Step, ...] = ()
     """Steps that bring a job to where it can run."""
+    after: tuple[Step, ...] = ()
+    """Steps that make real what it promises, e.g. a training."""
     task: Callable[[], Task] = tiny_task
     """What it is tried on; it must have what the step needs, and a model that can be saved."""
 
@@ -84,7 +86,7 @@ class StepCase:
 
     def recipe(self) -> dict[str, Any]:
         """Arguments for :func:`sparing.run`."""
-        return {"task": self.task(), "steps": [*self.before, self.step], "meter": QUICK}
+        return {"task": self.task(), "steps": [*self.before, self.step, *self.after], "meter": QUICK}
 
     def job(self) -> Job:
         """The job this step is to be applied to; what ``before`` makes is kept for the next call."""
