@@ -25,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -220,6 +221,13 @@ def test_every_command_shows_its_help_on_the_page():
     assert len(commands) > 10
     missing = [name for name in commands if f".. command:: sparing {name} --help\n" not in page]
     assert not missing, f"docs/cli.md has no '.. command:: sparing <name> --help' for {missing}"
+
+
+def test_the_design_page_shows_the_floors_that_are_enforced():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    enforced = [sorted(floor.split(" | ")) for floor in contract["layers"]]
+    rows = re.findall(r"^\| \d+ \| (.+?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    assert [sorted(re.findall(r"`(\w+)`", row)) for row in rows] == enforced
 
 
 # The harness itself.
