@@ -56,7 +56,7 @@ def _survives_kills(start: Callable[[Path], Run], folder: Path, deaths: int) -> 
         assert (broken / "went_on").exists(), "no attempt went on from the middle of its work"
     assert again.ledger.canonical() == whole.ledger.canonical(), "the ledgers differ"
     assert _tensors(again) == _tensors(whole), "the tensors differ"
-    assert _results(broken / "store") == _results(folder / "whole" / "store"), "the stored results differ"
+    assert results_of(broken / "store") == results_of(folder / "whole" / "store"), "the stored results differ"
     left = list((broken / "store").glob("progress/*/*/[0-9]*.state"))
     assert not left, f"the progress of finished work was left behind: {left}"
     return whole
@@ -110,7 +110,7 @@ def _tensors(done: Run) -> dict[str, str]:
     return found
 
 
-def _results(store: Path) -> dict[str, Any]:
+def results_of(store: Path) -> dict[str, Any]:
     """Every stored result by key and name: the digests of its files, except of measurements."""
     metas = {entry.folder: files.read_json(entry.folder / "entry.json") for entry in Store(store).entries()}
     found = {f"{folder.parent.name}/{meta['name']}": meta["files"] for folder, meta in metas.items()}
