@@ -136,5 +136,5 @@ def test_condensed_training_is_a_row_and_survives_kills(tmp_path):
 
 
 def test_refused_on_a_task_without_graphs(tmp_path):
-    with pytest.raises(RecipeError, match=r"'condense_graphs' needs 'graphs'.*it is the task's"):
+    with pytest.raises(RecipeError, match=r"'condense_graphs' needs 'graphs'.*it comes with the task"):
         go(Points(), CondenseGraphs(), TRAIN)(tmp_path)

@@ -69,6 +69,10 @@ def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names
     is NaN or infinite, or when shapes disagree.
     """
     classes = len(class_names)
+    if not isinstance(logits, np.ndarray):
+        raise InvalidValue(
+            f"the outputs are a {type(logits).__name__}; one array ({len(targets)}, {classes}) is expected"
+        )
     if logits.ndim != 2 or logits.shape[1] != classes or len(logits) != len(targets):
         raise InvalidValue(
             f"outputs of shape {logits.shape} for {len(targets)} units of {classes} classes; "

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparing.core import files
-from sparing.core.errors import IncompatibleStep, InvalidValue, NotExportable, RecipeError, SparingError, did_you_mean
+from sparing.core.errors import (
+    IncompatibleStep,
+    InvalidValue,
+    NotExportable,
+    RecipeError,
+    SparingError,
+    StoreError,
+    did_you_mean,
+    shown,
+)
 from sparing.core.fingerprint import NoFingerprint, environment_fingerprint, fingerprint
 from sparing.core.job import Job
 from sparing.core.ledger import CPU, WALL, Figure, Ledger, Notes, Row
@@ -136,7 +145,7 @@ def _meter(recipe: Recipe, problems: list[str]) -> Meter | None:
     try:
         return Meter(**recipe.meter)
     except (TypeError, SparingError) as error:
-        problems.append(f"{recipe.name}: meter: {error}")
+        problems.append(f"{recipe.name}: {error}")
         return None
 
 
@@ -163,6 +172,7 @@ def _planned_model(recipe: Recipe, task: Task, problems: list[str]) -> frozenset
                     model = _build(source, task)  # it looks at values while it is built
     except (TypeError, SparingError) as error:
         problems.append(f"{place}: model {source.name if isinstance(source, PartRef) else source}: {error}")
+        return frozenset({"module"})  # so that no step complains of a model that is wrong for another reason
     return capabilities_of(model)
 
 
@@ -256,7 +266,11 @@ def _same_name(old: Task, new: Task) -> str:
 def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], problems: list[str]) -> None:
     for need in sorted(step.needs - capabilities):
         givers = _steps_with("gives", need)
-        cure = f"steps that give it: {', '.join(givers)}" if givers else "no installed step gives it: it is the task's"
+        cure = (
+            f"steps that give it: {', '.join(givers)}"
+            if givers
+            else "no installed step gives it: it comes with the task or the model"
+        )
         problems.append(f"{place}: {step.id!r} needs {need!r}, which the job does not have there; {cure}")
     for field_name, row in step.row_references().items():
         if row not in rows:
@@ -325,18 +339,19 @@ def run(
     computed.
     """
     recipe = _recipe_of(recipe, task, model, steps, trained, meter)
-    store = store or Store()
+    numbers = _seeds(seeds, recipe.seed)
     root, folder = (Path(data) if data else None), (Path(out) if out else None)
+    names = {seed: "model" if seed == numbers[0] else f"model-seed{seed}" for seed in numbers}
+    if folder:
+        _check_out(folder, names.values())
+    store = store or Store()
     checked = plan(recipe, root, store, until)
     recipe = checked.recipe
-    numbers = list(range(recipe.seed, recipe.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    if not numbers or len(set(numbers)) != len(numbers):
-        raise InvalidValue(f"seeds = {seeds!r}: at least one is needed, each once")
     ledger = Ledger.begin(recipe.name, recipe.text, checked.meter)
     if folder and recipe.text:
         files.write_atomic(folder / "recipe.yaml", recipe.text.encode())
     first: Job | None = None
-    for position, seed in enumerate(numbers):
+    for seed in numbers:
         job, test, remarks = _start(recipe, checked.task, checked.meter, seed, root, store)
 
         def keep(job: Job, row: Row, outcomes: np.ndarray | None) -> None:
@@ -349,14 +364,14 @@ def run(
 
         try:
             job = _run_steps(job, recipe, test, remarks, keep)
-        except SparingError as error:
-            ledger.stop(" ".join([f"seed {seed}:", str(error), *getattr(error, "__notes__", ())]))
+        except BaseException as error:
+            reason = str(error) if isinstance(error, SparingError) else f"{type(error).__name__}: {error}"
+            ledger.stop(" ".join([f"seed {seed}:", reason, *getattr(error, "__notes__", ())]))
             if folder:
                 ledger.save(folder)
             raise
         if folder and job.predictor is not None:
-            name = "model" if position == 0 else f"model-seed{seed}"
-            _deployed(job).save(folder / name, ledger=ledger.to_markdown(seed))
+            _save_model(_deployed(job), folder / names[seed], ledger, seed)
         first = first or job
     assert first is not None
     return Run(ledger, folder, _deployed(first) if first.predictor else None, first)
@@ -373,14 +388,49 @@ def begin(
     meter: Mapping[str, Any] | None = None,
 ) -> Job:
     """The job that a run on ``task`` begins with, to try steps on by hand; arguments as of :func:`run`."""
-    part = PartRef(task, place="task") if isinstance(task, str) else task
-    given: Any = PartRef(model, place="model") if isinstance(model, str) else model
-    recipe = Recipe(part, (), given, trained or isinstance(model, Path), meter=dict(meter or {}))
+    recipe = _live_recipe(task, model, (), trained, meter)
     problems: list[str] = []
     live, measuring = _task(recipe, problems), _meter(recipe, problems)
     if live is None or measuring is None:
         raise RecipeError(problems)
     return _start(recipe, live, measuring, seed, Path(data) if data else None, store or Store())[0]
+
+
+def _seeds(seeds: int | Sequence[int], first: int) -> list[int]:
+    """The seeds to run, in order."""
+    if isinstance(seeds, int):
+        numbers = list(range(first, first + seeds))
+    else:
+        numbers = list(seeds) if isinstance(seeds, Iterable) else []
+    wrong = [seed for seed in numbers if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31]
+    if isinstance(seeds, bool) or not numbers or wrong or len(set(numbers)) != len(numbers):
+        raise InvalidValue(
+            f"seeds = {shown(seeds)}: how many (1 or more), or a list of different whole numbers in 0 … 2³¹−1"
+        )
+    return numbers
+
+
+def _check_out(folder: Path, names: Iterable[str]) -> None:
+    """Refuse, before anything is computed, an output folder that could not be written to in the end."""
+    if folder.exists() and not folder.is_dir():
+        raise InvalidValue(f"out = {folder} is a file; a folder is needed")
+    for path in (folder / name for name in names):
+        if path.exists() and not (path / "sparing.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
+            raise InvalidValue(f"out = {folder}: {path.name} in it is no saved model, which would take its place")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+
+
+def _save_model(predictor: Predictor, folder: Path, ledger: Ledger, seed: int) -> None:
+    """Save a seed's last model; where it cannot be, e.g. a module built by hand, the ledger says why."""
+    try:
+        predictor.save(folder, ledger=ledger.to_markdown(seed))
+    except InvalidValue as error:
+        log.warning("the model is not saved: %s", error)
+        ledger.rows[-1].remarks.append(f"the model is not saved: {error}")
+        ledger.save(folder.parent)
 
 
 def _recipe_of(
@@ -392,15 +442,39 @@ def _recipe_of(
     meter: Mapping[str, Any] | None,
 ) -> Recipe:
     if recipe is not None:
-        if task is not None or model is not None or steps:
-            raise InvalidValue("run takes a recipe, or task, model and steps, not both")
+        if task is not None or model is not None or steps or trained or meter is not None:
+            raise InvalidValue("run takes a recipe, or task, model, steps, trained and meter, not both")
         return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    steps = tuple(steps)
     if task is None or not steps:
         raise InvalidValue("run needs a recipe, or a task and at least one step")
-    if any(not isinstance(step, Step) for step in steps):
-        wrong = next(step for step in steps if not isinstance(step, Step))
-        raise InvalidValue(f"steps holds {wrong!r}, which is no Step; for example steps=[Train(epochs=5)]")
+    if not isinstance(steps, Iterable):
+        raise InvalidValue(f"steps = {shown(steps)}: a list of steps is needed; for example steps=[Train(epochs=5)]")
+    steps = tuple(steps)
+    for step in steps:
+        if not isinstance(step, Step):
+            raise InvalidValue(f"steps holds {shown(step)}, which is no Step; for example steps=[Train(epochs=5)]")
+    return _live_recipe(task, model, steps, trained, meter)
+
+
+def _live_recipe(
+    task: Task | str,
+    model: nn.Module | str | Path | None,
+    steps: Sequence[Step],
+    trained: bool,
+    meter: Mapping[str, Any] | None,
+) -> Recipe:
+    from torch import nn
+
+    from sparing.core.task import Task
+
+    if not isinstance(task, Task | str):
+        raise InvalidValue(f"task = {shown(task)}: a registered task's name or a Task object is needed")
+    if not isinstance(model, nn.Module | str | Path | None):
+        raise InvalidValue(
+            f"model = {shown(model)}: an nn.Module object, a registered model's name or a saved folder is needed"
+        )
+    if isinstance(model, str) and model not in parts("models") and (Path(model) / "sparing.json").is_file():
+        model = Path(model)
     part = PartRef(task, place="task") if isinstance(task, str) else task
     given: Any = PartRef(model, place="model") if isinstance(model, str) else model
     return Recipe(part, steps, given, trained or isinstance(model, Path), meter=dict(meter or {}))

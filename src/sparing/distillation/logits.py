@@ -122,6 +122,8 @@ class Distil(Train):
         super().__post_init__()
         if (self.teacher is None) == (self.teacher_folder is None):
             raise InvalidValue(f"{self.id}: give one of teacher (an earlier row) and teacher_folder (a saved model)")
+        if self.teacher_folder is not None and not (self.teacher_folder / "sparing.json").is_file():
+            raise InvalidValue(f"teacher_folder = {self.teacher_folder}: no saved model (it holds no sparing.json)")
         if isinstance(self.model, Mapping):
             if not isinstance(self.model.get("name"), str):
                 raise InvalidValue(f"{self.id}: model = {dict(self.model)}: the key 'name' is needed")

@@ -1,0 +1,106 @@
+"""What ``run`` is called with wrongly is told at once, before anything is computed or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import METER, Net, Points, go
+
+import sparing
+from sparing.core.store import Store
+
+TRAIN = sparing.Train(epochs=1, batch_size=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": None}, "a task and at least one step"),
+        ({"steps": []}, "a task and at least one step"),
+        ({"steps": TRAIN}, r"steps = Train\(.*: a list of steps is needed"),
+        ({"steps": [TRAIN, "quantize"]}, "steps holds 'quantize', which is no Step"),
+        ({"task": Points}, "task = <class 'harness.Points'>: a registered task's name or a Task object"),
+        ({"model": Net}, "model = <class 'harness.Net'>: an nn.Module object"),
+        ({"recipe": "quickstart"}, "run takes a recipe, or task"),
+        ({"seeds": 0}, "seeds = 0: how many"),
+        ({"seeds": 1.5}, "seeds = 1.5: how many"),
+        ({"seeds": [1, 1]}, r"seeds = \[1, 1\]: .* different whole numbers"),
+        ({"seeds": [-1]}, r"seeds = \[-1\]: .* 0 … 2³¹−1"),
+        ({"seeds": True}, "seeds = True"),
+        ({"out": Path(__file__)}, "is a file; a folder is needed"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_told(arguments, message, store_folder):
+    with pytest.raises(sparing.InvalidValue, match=message):
+        sparing.run(**{"task": Points(), "steps": [TRAIN], "meter": METER} | arguments)
+    assert not store_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "digit"}, r"unknown task 'digit'\. Did you mean 'digits'\?"),
+        ({"model": "convnett"}, r"unknown model 'convnett'\. Did you mean 'convnet'\?"),
+        ({"model": Path("nowhere")}, "nowhere is missing"),
+        ({"meter": {"thread": 1}}, r"meter: unknown field 'thread'\. Did you mean 'threads'\?"),
+    ],
+    ids=str,
+)
+def test_names_and_fields_are_told_by_planning_and_nothing_else_is(arguments, message):
+    with pytest.raises(sparing.RecipeError, match=message) as caught:
+        sparing.run(**{"task": Points(), "steps": [TRAIN], "meter": METER} | arguments)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_folder_with_other_files_where_the_model_would_go_is_refused_before_the_work(tmp_path, store_folder):
+    notes = tmp_path / "out" / "model-seed1" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(sparing.InvalidValue, match="model-seed1 in it is no saved model"):
+        sparing.run(task=Points(), steps=[TRAIN], meter=METER, out=tmp_path / "out", seeds=2)
+    assert notes.read_text() == "mine"
+    assert not store_folder.exists()
+
+
+def test_a_saved_model_can_be_named_by_its_folder_as_text(tmp_path):
+    folder = go(Points(), TRAIN)(tmp_path).folder / "model"
+    done = sparing.run(task=Points(), model=str(folder), steps=[sparing.Quantize(goal="bytes")], meter=METER)
+    assert done.ledger.ids == ("given", "quantize")
+
+
+def test_a_model_that_cannot_be_saved_costs_the_model_not_the_run(tmp_path, caplog):
+    """Built by hand and measured in torch: the ledger is whole and says why there is no model beside it."""
+    by_hand = torch.nn.Sequential(torch.nn.Linear(6, 3))
+    done = sparing.run(
+        task=Points(), model=by_hand, steps=[TRAIN], meter=METER | {"runtime": "module"}, out=tmp_path / "out"
+    )
+    assert not (tmp_path / "out" / "model").exists()
+    assert "the model is not saved: the model Sequential was built by hand" in caplog.text
+    kept = sparing.Ledger.load(tmp_path / "out")
+    assert "the model is not saved" in kept.rows[-1].remarks[-1]
+    assert done.predictor is not None
+    assert not kept.stopped
+
+
+def test_a_run_that_is_interrupted_says_so_in_its_ledger(tmp_path):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparing.run(task=Points(), steps=[TRAIN], meter=METER, out=tmp_path / "out", on_row=stop)
+    kept = sparing.Ledger.load(tmp_path / "out")
+    assert kept.ids == ("train",)
+    assert "KeyboardInterrupt" in kept.stopped
+
+
+def test_a_job_to_try_steps_on_by_hand(tmp_path):
+    from sparing.core.pipeline import advance, begin
+
+    job = begin(Points(), store=Store(tmp_path / "store"), meter=METER)
+    after, row, outcomes = advance(job, TRAIN, job.task.splits(None).test)
+    assert row.figures["accuracy"].value == outcomes.mean()
+    assert after.predictor is not None
+    assert job.predictor is None
