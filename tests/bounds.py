@@ -71,6 +71,6 @@ def refuses(function: Callable[[], Any]) -> str:
 
 
 def within_bounds(outcome: Outcome, slower: float = 1) -> None:
-    """Assert that a call took no more than its second (so many times slower where annotations are checked) and memory."""
+    """Assert that a call kept to its memory and its second, times ``slower`` where annotations are checked."""
     assert outcome.seconds < SECONDS * slower, outcome
     assert outcome.mebibytes < MEBIBYTES, outcome

@@ -229,7 +229,7 @@ def _energy_counter() -> Finding:
     missing = counter_missing()
     if missing:
         return Finding("energy counter", "note", f"{missing}; energy is estimated and marked est.")
-    return Finding("energy counter", "ok", "zeus is installed; rows say measured where it finds a counter, est. where not")
+    return Finding("energy counter", "ok", "zeus is installed; rows say measured where it finds a counter, else est.")
 
 
 def _store() -> list[Finding]:

@@ -369,9 +369,7 @@ def _step(item: Any, place: str, file: str, problems: list[str]) -> tuple[Step, 
         return None
 
 
-def _field_value(
-    cls: type[Step], key: str, value: Any, item_fields: _Mapping, file: str, problems: list[str]
-) -> Any:
+def _field_value(cls: type[Step], key: str, value: Any, item_fields: _Mapping, file: str, problems: list[str]) -> Any:
     """``value`` as it is, or with steps built in it where the field holds steps."""
     if key not in {field_.name for field_ in dataclasses.fields(cls)} or not _holds_steps(cls, key):
         return _plain(value)
