@@ -297,7 +297,7 @@ def _look_up(
         estimate = None if stored else next((cost[1] for cost in others if cost), None)
         planned.append(PlannedStep(step, recipe.place(index), stored, estimate))
         if target := step.target_task():
-            bound = bound.child("data", target.splits(data))
+            bound = bound.child("data", target, target.splits(data))
         job = job.replace(store=bound)
     return planned, remarks
 
