@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import stringify_annotation
 
-from sparing.cli.catalogue import bare
+from sparing.cli.catalogue import bare, fields_of, without_arguments
 from sparing.core import errors
 from sparing.core.ledger import FILE, Ledger
 from sparing.core.registry import parts, resolve
@@ -86,9 +86,9 @@ def default(item: Field, info: FieldInfo | None) -> str:
     return "required" if item.default is MISSING else literal(item.default)
 
 
-def docstring(cls: type, directive: SphinxDirective) -> str:
-    """A class's docstring as reStructuredText."""
-    return str(GoogleDocstring(inspect.cleandoc(cls.__doc__ or ""), directive.config, what="class"))
+def docstring(cls: type, directive: SphinxDirective, cut: Callable[[str], str] = str) -> str:
+    """A class's docstring, or what ``cut`` leaves of it, as reStructuredText."""
+    return str(GoogleDocstring(cut(inspect.cleandoc(cls.__doc__ or "")), directive.config, what="class"))
 
 
 def literal(value: Any) -> str:
@@ -252,7 +252,19 @@ class PartReference(Rendered):
         if isinstance(metrics := getattr(cls, "metrics", None), tuple):
             named = [f"``{metric.name}`` ({metric.better} is better)" for metric in metrics]
             facts.append(("metrics", ", ".join(named) + "; the first is the headline"))
-        return docstring(cls, self) + "\n\n" + "\n".join(f":{name}: {value}" for name, value in facts)
+        described = fields_of(cls)
+        head = ["field", "type", "default", "meaning"]
+        rows = [
+            [
+                f"``{field['name']}``",
+                f"``{field['type']}``",
+                "required" if field["required"] else literal(field["default"]),
+                field["meaning"],
+            ]
+            for field in described
+        ]
+        shown = [docstring(cls, self, without_arguments), "\n".join(f":{name}: {value}" for name, value in facts)]
+        return "\n\n".join([*shown, table(head, rows)] if rows else shown)
 
 
 class Command(Rendered):

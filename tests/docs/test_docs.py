@@ -223,6 +223,20 @@ def test_every_command_shows_its_help_on_the_page():
     assert not missing, f"docs/cli.md has no '.. command:: sparing <name> --help' for {missing}"
 
 
+@pytest.mark.parametrize("kind", ["steps", "tasks", "models"])
+def test_every_field_says_what_it_means(kind: str):
+    from sparing.cli.catalogue import fields_of
+    from sparing.core.registry import parts, resolve
+
+    silent = [
+        f"{name}.{field['name']}"
+        for name in parts(kind)
+        for field in fields_of(resolve(kind, name))
+        if not field["meaning"]
+    ]
+    assert not silent, "a string below the field, or a line under Args: in the docstring, says what it means"
+
+
 def test_the_design_page_shows_the_floors_that_are_enforced():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     enforced = [sorted(floor.split(" | ")) for floor in contract["layers"]]

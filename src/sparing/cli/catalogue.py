@@ -118,7 +118,10 @@ def fields_of(target: Any) -> list[dict[str, Any]]:
             }
             for name, info in pydantic_fields.items()
         ]
-    meanings = argument_docs(inspect.getdoc(target) or "")
+    classes = reversed(inspect.getmro(target)) if inspect.isclass(target) else [target]
+    meanings = {
+        name: line for one in classes for name, line in argument_docs(inspect.cleandoc(one.__doc__ or "")).items()
+    }
     signature = inspect.signature(target)
     return [
         {
@@ -210,13 +213,17 @@ def argument_docs(doc: str) -> dict[str, str]:
     return {name: " ".join(meaning.split()) for name, meaning in items}
 
 
+def without_arguments(doc: str) -> str:
+    """A docstring without its ``Args:`` section."""
+    return re.sub(r"\n*^Args:\n((?:[ ]+.*\n?|\n)*)", "\n\n", doc, flags=re.MULTILINE).strip()
+
+
 def _print_part(document: Mapping[str, Any]) -> None:
     if document["kind"] == "recipes":
         output.say(document["text"].rstrip())
         return
     title = f"{document['kind'][:-1]} {document['name']}  ({document['target']})"
-    doc = re.sub(r"\n*^Args:\n((?:[ ]+.*\n?|\n)*)", "\n\n", document["doc"], flags=re.MULTILINE).strip()
-    output.say(title, "", doc, "")
+    output.say(title, "", without_arguments(document["doc"]), "")
     for name in ("needs", "gives", "removes", "promises", "realises", "capabilities"):
         if document.get(name):
             output.say(f"{name}: {', '.join(document[name])}")

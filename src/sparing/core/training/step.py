@@ -38,7 +38,9 @@ class Train(Step):
     optimizer: str = "AdamW"
     """A class of ``torch.optim``, in any case: AdamW, SGD …"""
     lr: float = Field(default=1e-3, gt=0)
+    """Learning rate the schedule starts from; with "one_cycle" the highest."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay, in the optimizer's own sense; refused where it has none."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {momentum: 0.9}."""
     scheduler: str = ""
@@ -64,17 +66,21 @@ class Train(Step):
     nan_patience: int = Field(default=10, ge=1)
     """So many batches in a row with a NaN or infinite loss end the training; fewer are skipped and counted."""
     precision: str = "32-true"
-    """Passed to Lightning, as are accelerator, devices, strategy and num_nodes."""
+    """Number format, as Lightning names them: 32-true, bf16-mixed …"""
     accelerator: str = "auto"
+    """Passed to Lightning: cpu, gpu …"""
     devices: int | str = 1
+    """Passed to Lightning: how many, or "auto" for all."""
     strategy: str = "auto"
     """"auto" with several devices of one machine: "ddp_fork", which does not run the user's command again."""
     num_nodes: int = Field(default=1, ge=1)
+    """Passed to Lightning: machines that train together."""
     deterministic: bool = True
     """Use deterministic kernels only; without them a run on a GPU is not repeated bit for bit."""
     logger: Literal["", "csv"] = ""
     """"csv": Lightning's CSV logger writes into ``log_folder``. The ledger has the curves in any case."""
     log_folder: str = "logs"
+    """Where the logger writes."""
     checkpoint_every_s: float = Field(default=10.0, gt=0)
     """Seconds between the states from which a killed training goes on; more when saving takes over 5 % of the time."""
     checkpoint_every_batches: int | None = Field(default=None, ge=1)
