@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Points, go, survives_kills
+from harness import METER, Points, go, survives_kills
 from pydantic import Field
 from torch.utils.data import Subset, TensorDataset
 
 from sparing.core.errors import InvalidValue, RecipeError, SparingError
 from sparing.core.job import Job
-from sparing.core.pipeline import run, run_inner
+from sparing.core.pipeline import begin, run, run_inner
 from sparing.core.recipe import parse_recipe
 from sparing.core.step import Stage, Step, step
-from sparing.core.store import JSON
+from sparing.core.store import JSON, Store
 from sparing.core.training import Train
 
 
@@ -163,6 +163,15 @@ class Careless(Step):
         else:
             job.store.once("result", lambda: job.record("lost", 1, ""), JSON)
         return job
+
+
+@pytest.mark.parametrize("name", ["accuracy", "model bytes", "wall", ""])
+def test_columns_of_the_meter_cannot_be_recorded(tmp_path, name):
+    job = begin(Points(), store=Store(tmp_path / "store"), meter=METER)
+    with pytest.raises(InvalidValue, match="that column is the meter's; give the figure another name"):
+        job.record(name, 1.0, "")
+    job.record("mine", 1.0, "")
+    assert job.notes.figures["mine"].value == 1.0
 
 
 def test_mistakes_of_an_author_are_told(tmp_path):

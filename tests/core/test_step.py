@@ -11,7 +11,7 @@ from recipe_guests import Audit, Guest, Needy, Ordered, Plain, Pointing
 
 from sparing.core import registry
 from sparing.core.errors import InvalidValue, SparingError, UnknownName, did_you_mean, shown
-from sparing.core.step import InvalidFields, Step, step
+from sparing.core.step import InvalidFields, Stage, Step, step
 from sparing.models.mlp import MLP
 
 FIELDS = "id, rate, count, label, flag, sizes, options, maybe"
@@ -99,14 +99,45 @@ def test_a_step_says_which_rows_it_names():
         Pointing(teacher="")
 
 
-def test_a_step_without_apply_says_so_and_keeps_the_task_by_default():
-    @step("idle")
-    class Idle(Step):
-        """Nothing."""
+def with_apply(**declared):
+    """A class that could be a step, with some of its declarations changed; None takes one away."""
+    members = {"stage": Stage.DATA, "apply": lambda self, job: job, "__doc__": "A step."} | declared
+    return type("Made", (Step,), {name: value for name, value in members.items() if value is not None})
 
-    with pytest.raises(NotImplementedError, match="Idle does not define apply"):
-        Idle().apply(None)
-    assert Idle().target_task() is None
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"stage": None}, r"step 'made' .* declares no stage; one of Stage\.DATA"),
+        ({"stage": "data"}, "declares no stage"),
+        ({"apply": None}, r"does not define apply\(self, job\)"),
+        ({"needs": "trained"}, "needs = 'trained'; a set of words is needed"),
+        ({"gives": ("trained",)}, r"gives = \('trained',\); a set of words"),
+        ({"slots": {1}}, r"slots = \{1\}; a set of words"),
+    ],
+)
+def test_what_a_step_must_declare(declared, message):
+    with pytest.raises(InvalidValue, match=message):
+        step("made")(with_apply(**declared))
+    assert step("made")(with_apply())().id == "made"
+
+
+@pytest.mark.parametrize("name", ["", "two words", "x" * 65, "a/b"])
+def test_a_steps_name_can_be_an_id(name):
+    with pytest.raises(InvalidValue, match="a step's name is made of up to 64 letters"):
+        step(name)
+
+
+def test_a_class_that_is_no_step_yet_says_so_and_so_does_its_child():
+    with pytest.raises(InvalidValue, match=r"Made is no step yet: decorate it with @step"):
+        with_apply()()
+    child = type("Child", (step("made")(with_apply()),), {})
+    with pytest.raises(InvalidValue, match="Child is no step yet"):
+        child()
+
+
+def test_a_step_keeps_the_task_by_default():
+    assert step("made")(with_apply())().target_task() is None
 
 
 def test_the_registry_knows_names_and_things():

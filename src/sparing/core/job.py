@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError, did_you_mean
-from sparing.core.ledger import Figure, Notes
+from sparing.core.ledger import METERED, Figure, Notes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,8 +124,10 @@ class Job:
         better: Literal["lower", "higher", ""] = "lower",
         interval: tuple[float, float] | None = None,
     ) -> None:
-        """Add a figure to this step's row of the ledger."""
+        """Add a figure to this step's row of the ledger; what the meter measures cannot be recorded."""
         self._not_while_storing("record")
+        if not name or name in {*METERED, *(metric.name for metric in self.task.metrics)}:
+            raise InvalidValue(f"record({name!r}, …): that column is the meter's; give the figure another name")
         self.notes.figures[name] = Figure(value, unit, how, better, interval)
 
     def _not_while_storing(self, action: str) -> None:

@@ -65,6 +65,9 @@ RATIOS = (
 )
 """Columns whose ratio to the first row means something, where both rows ran in one runtime."""
 
+METERED = (*RATIOS, THREADS, WALL, CPU, BREAK_EVEN)
+"""Columns that a step cannot record: the pipeline and the meter fill them."""
+
 _STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False, "use_attribute_docstrings": True}
 _ROW_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 

@@ -171,9 +171,13 @@ def _planned_model(recipe: Recipe, task: Task, problems: list[str]) -> frozenset
                         raise
                     model = _build(source, task)  # it looks at values while it is built
     except (TypeError, SparingError) as error:
-        problems.append(f"{place}: model {source.name if isinstance(source, PartRef) else source}: {error}")
+        problems.append(f"{place}: model {_called(source)}: {error}")
         return frozenset({"module"})  # so that no step complains of a model that is wrong for another reason
     return capabilities_of(model)
+
+
+def _called(source: Any) -> str:
+    return source.name if isinstance(source, PartRef) else "of the task" if source is None else str(source)
 
 
 def capabilities_of(model: Any) -> frozenset[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -34,6 +35,7 @@ RowId = Annotated[str, Field(min_length=1, json_schema_extra={"row_id": True})]
 """The type of a step field that names an earlier row of the recipe; planning checks that the row exists."""
 
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, validate_default=True)
+_ID = r"[A-Za-z0-9_.-]*"
 StepType = TypeVar("StepType", bound="type[Step]")
 
 
@@ -58,8 +60,16 @@ class Step:
     source: ClassVar[str] = ""
     """Paper, section and equation the step implements, or "ours"."""
 
-    id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$", max_length=64)
+    id: str = Field(default="", pattern=f"^{_ID}$", max_length=64)
     """Unique in a recipe; the step's name by default."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse a class that nobody made a step: its fields would not be checked, nor known to recipes."""
+        if not vars(cls).get("name"):
+            raise InvalidValue(
+                f"{cls.__module__}.{cls.__qualname__} is no step yet: decorate it with @step('its_name')"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -133,10 +143,13 @@ def step(name: str) -> Callable[[StepType], StepType]:
     """Class decorator: make ``cls`` a frozen, keyword-only, validated step called ``name``.
 
     Fields are checked by pydantic when the step is built; an invalid one raises :class:`InvalidValue` that names the
-    field, the value and the allowed range.
+    field, the value and the allowed range. So does a class without a stage or without ``apply``, when it is decorated.
     """
+    if not re.fullmatch(_ID, name) or not 0 < len(name) <= 64:
+        raise InvalidValue(f"@step({name!r}): a step's name is made of up to 64 letters, digits, '_', '.' and '-'")
 
     def decorate(cls: StepType) -> StepType:
+        _check_declarations(cls, name)
         cls.name = name
         made = pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)
         validated_init = made.__init__
@@ -152,6 +165,20 @@ def step(name: str) -> Callable[[StepType], StepType]:
         return made  # type: ignore[return-value]
 
     return decorate
+
+
+def _check_declarations(cls: type[Step], name: str) -> None:
+    where = f"step {name!r} ({cls.__module__}.{cls.__qualname__})"
+    if not isinstance(getattr(cls, "stage", None), Stage):
+        raise InvalidValue(f"{where} declares no stage; one of Stage.{', Stage.'.join(Stage.__members__)} is needed")
+    if cls.apply is Step.apply:
+        raise InvalidValue(f"{where} does not define apply(self, job)")
+    for declared in ("needs", "gives", "removes", "promises", "realises", "slots"):
+        value = getattr(cls, declared)
+        if not isinstance(value, property) and not (
+            isinstance(value, frozenset | set) and all(isinstance(word, str) for word in value)
+        ):
+            raise InvalidValue(f"{where}: {declared} = {shown(value)}; a set of words is needed, e.g. {{'trained'}}")
 
 
 def field_problems(cls: type[Step], error: ValidationError) -> list[str]:
