@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,12 @@ def _completed(recipe: Path, folder: Path) -> None:
     _wait(_fork(lambda: _run(recipe, folder)))
 
 
-def _killed_at_random(recipe: Path, folder: Path, after_s: float) -> bool:
+def _killed_at_random(recipe: Path, folder: Path, after_s: float, alone: bool) -> bool:
+    """``alone``: data workers are not killed along, but left to find out for themselves."""
     child = _fork(lambda: _run(recipe, folder))
     time.sleep(after_s)
     with contextlib.suppress(ProcessLookupError):  # it finished first
-        os.killpg(child, signal.SIGKILL)
+        (os.kill if alone else os.killpg)(child, signal.SIGKILL)
     return _wait(child)
 
 
@@ -123,23 +124,32 @@ def _killed_writing(recipe: Path, folder: Path, event: int) -> bool:
     return _wait(_fork(action))
 
 
-def warm(kills: int, rng: random.Random, report: Callable[[str], None]) -> dict[str, Any]:
-    """At least ``kills`` kills of forked runs, half at random moments, half inside write windows."""
+def warm(
+    kills: int,
+    rng: random.Random,
+    report: Callable[[str], None],
+    workers_of: Sequence[int] = (0, 0, 0, 2),
+    deaths: int = 8,
+) -> dict[str, Any]:
+    """At least ``kills`` kills of forked runs, half at random moments, half inside write windows.
+
+    Each run has as many data workers as is drawn from ``workers_of``, and up to ``deaths`` deaths before it may finish.
+    """
     for module in ("lightning.pytorch", "onnxruntime.quantization", "torch.onnx", "sklearn.datasets"):
         importlib.import_module(module)
     importlib.import_module("torch").set_num_threads(1)
     done, unequal, runs, windows = 0, 0, 0, 0
     while done < kills:
-        seed, workers = rng.randrange(1000), rng.choice((0, 0, 0, 2))
+        seed, workers = rng.randrange(1000), rng.choice(workers_of)
         with tempfile.TemporaryDirectory() as scratch:
             whole, broken = Path(scratch, "whole"), Path(scratch, "broken")
             recipe, start = _recipe(whole, seed, workers), time.perf_counter()
             _completed(recipe, whole)
             seconds = time.perf_counter() - start
             recipe = _recipe(broken, seed, workers)
-            for _ in range(8):
+            for _ in range(deaths):
                 if rng.random() < 0.5:
-                    killed = _killed_at_random(recipe, broken, rng.uniform(0, seconds))
+                    killed = _killed_at_random(recipe, broken, rng.uniform(0, seconds), rng.random() < 0.5)
                 else:
                     killed = _killed_writing(recipe, broken, rng.randrange(1, 40))
                     windows += killed
@@ -152,8 +162,8 @@ def warm(kills: int, rng: random.Random, report: Callable[[str], None]) -> dict[
     return {"kills": done, "inside write windows": windows, "runs": runs, "unequal": unequal}
 
 
-def cold(kills: int, rng: random.Random, report: Callable[[str], None]) -> dict[str, Any]:
-    """``kills`` kills of the command line at random moments of its life."""
+def cold(kills: int, rng: random.Random, report: Callable[[str], None], deaths: int = 5) -> dict[str, Any]:
+    """At least ``kills`` kills of the command line at random moments of its life, up to ``deaths`` in each run."""
     command = [str(Path(sys.executable).with_name("sparing")), "run", "--quiet"]
     done, unequal, runs = 0, 0, 0
 
@@ -168,7 +178,7 @@ def cold(kills: int, rng: random.Random, report: Callable[[str], None]) -> dict[
             subprocess.run(arguments(_recipe(whole, seed, 0), whole), check=True, stdout=subprocess.DEVNULL)
             seconds = time.perf_counter() - start
             recipe = _recipe(broken, seed, 0)
-            for _ in range(5):
+            for _ in range(deaths):
                 process = subprocess.Popen(arguments(recipe, broken), stdout=subprocess.DEVNULL, start_new_session=True)
                 try:
                     process.wait(rng.uniform(0.3, 1.0) * seconds)
