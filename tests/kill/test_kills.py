@@ -1,4 +1,4 @@
-"""Small real runs with dropout are killed until they finish, and end as unbroken ones; the benchmark does more of it."""
+"""Small real runs with dropout, killed until they finish, end as unbroken ones; the benchmark does more of it."""
 
 from __future__ import annotations
 
