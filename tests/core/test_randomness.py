@@ -19,7 +19,7 @@ def draws() -> tuple[float, float, float]:
 
 
 def test_derived_seeds_depend_on_every_part_their_order_and_their_borders():
-    parts = [(1, 2), (2, 1), (12,), ("1", "2", ""), (1, "2x"), ("a", 0), ("a", 1), ("b", 0), (), ("",)]
+    parts = [(1, 2), (2, 1), (12,), ("1", "2", ""), (1, "2x"), ("a", 0), ("a", 1), ("b", 0), ("",)]
     found = [derive_seed(*part) for part in parts]
     assert len(set(found)) == len(found)
     assert all(0 <= seed < 2**32 for seed in found)
