@@ -1,6 +1,7 @@
 """What a reader of the terminal sees."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,18 @@ def test_narrow_terminals_lose_columns_not_text(width):
             for part in line[column].text.split() if column in line else ():
                 assert part in words
     assert ("ece" in columns) == (width >= 120)
+
+
+@pytest.mark.parametrize("width", range(60, 140))
+def test_a_ratio_folds_before_a_name_or_a_number_does(width):
+    made = ledger(*PLAIN)
+    for index, row in enumerate(made.rows):
+        many = {"worst_class_accuracy": Figure(0.5), "peak memory": Figure(80.0 + index, "MiB")}
+        made.rows[index] = replace(row, figures={**row.figures, **many}, outcome="")
+    columns = table(made).fitting(width)[0]
+    shown = printed(table(made), width)
+    assert max(len(line) for line in shown.splitlines()) <= width
+    assert all(column in shown.splitlines()[1] for column in columns), shown
 
 
 def test_eighty_columns_hold_the_key_figures():

@@ -54,19 +54,22 @@ class Table:
 
     def fitting(self, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(columns printed on a terminal of ``width`` characters, columns that do not fit)."""
-        from rich.cells import cell_len
-
         shown: list[str] = []
         used = 0
         for column in self.columns:
-            cells = [column, *(line[column].text for line in self.lines if column in line)]
-            # a ratio may fold onto a second line
-            needed = 3 + max(cell_len(part) for cell in cells for part in cell.split(" ("))
+            needed = self._needed(column, folded=True)
             if len(shown) >= self.fixed and used + needed > width:
                 break
             shown.append(column)
             used += needed
         return tuple(shown), self.columns[len(shown) :]
+
+    def _needed(self, column: str, folded: bool) -> int:
+        """Characters that a column takes; ``folded``: with ratios on lines of their own."""
+        from rich.cells import cell_len
+
+        cells = [column, *(line[column].text for line in self.lines if column in line)]
+        return 3 + max(cell_len(part) for cell in cells for part in (_fold(cell) if folded else cell).splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table as wide as it fits, with a line that names the columns left out."""
@@ -76,17 +79,25 @@ class Table:
         from rich.text import Text
 
         shown, hidden = self.fitting(options.max_width)
+        tight = sum(self._needed(column, folded=False) for column in shown) > options.max_width
         table = RichTable(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=False)
         for index, column in enumerate(shown):
             table.add_column(escape(column), justify="left" if index < self.fixed else "right", overflow="fold")
         for line in self.lines:
             cells = [line.get(column, Cell("")) for column in shown]
-            table.add_row(*(Text(cell.text, style=_STYLES[cell.verdict]) for cell in cells))
+            texts = [_fold(cell.text) if tight else cell.text for cell in cells]
+            styles = (_STYLES[cell.verdict] for cell in cells)
+            table.add_row(*(Text(content, style=style) for content, style in zip(texts, styles, strict=True)))
         yield table
         for remark in self.remarks:
             yield Text(remark)
         if hidden:
             yield Text(f"Not shown here: {', '.join(hidden)}. A wider terminal, --json or the report has them.")
+
+
+def _fold(cell: str) -> str:
+    """A cell with its ratio on a second line."""
+    return cell.replace(" (", "\n(")
 
 
 def table(ledger: Ledger) -> Table:
