@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sparing.core.errors import InvalidValue
+from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import (
     accuracy_by_class,
     correct,
@@ -81,3 +81,14 @@ def test_ties_and_empty_classes() -> None:
 def test_wrong_outputs_are_named(logits: np.ndarray, targets: list[int], message: str) -> None:
     with pytest.raises(InvalidValue, match=message):
         evaluate_classification(logits, np.array(targets, int), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [([0, 2, -1], "unit 2 has the label -1"), ([0, 7, 9], "unit 1 has the label 7"), ([0.0, 1.0, 2.0], "float64")],
+    ids=["negative", "too large", "no integers"],
+)
+def test_a_target_that_is_no_class_is_told_with_its_unit(targets: list[float], said: str) -> None:
+    with pytest.raises(DataError, match=said) as caught:
+        evaluate_classification(np.eye(3, dtype=np.float32), np.array(targets), ("a", "b", "c"))
+    assert "0…2" in str(caught.value)

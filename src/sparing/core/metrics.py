@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from sparing.core.errors import InvalidValue
+from sparing.core.errors import DataError, InvalidValue
 from sparing.core.task import Evaluation, Metric
 
 CALIBRATION_BINS = 15
@@ -66,7 +66,7 @@ def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names
     """Accuracy (headline), worst class's accuracy, calibration error and likelihood of logits (N, C) for targets (N,).
 
     Classes without a unit take no part in the worst class. Raises :class:`InvalidValue` naming the unit when a logit
-    is NaN or infinite, or when shapes disagree.
+    is NaN or infinite, or when shapes disagree, and :class:`DataError` naming it when its target is no class.
     """
     classes = len(class_names)
     if not isinstance(logits, np.ndarray):
@@ -80,6 +80,17 @@ def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names
         )
     if len(targets) == 0:
         raise InvalidValue("no unit to evaluate; at least one is expected")
+    if targets.ndim != 1 or targets.dtype.kind not in "biu":
+        raise DataError(
+            f"targets of type {targets.dtype} and shape {targets.shape}; a class number in 0…{classes - 1} for each of "
+            f"{len(targets)} units is expected"
+        )
+    targets = targets.astype(np.int64)
+    wrong = np.flatnonzero((targets < 0) | (targets >= classes))
+    if len(wrong):
+        raise DataError(
+            f"unit {wrong[0]} has the label {targets[wrong[0]]}; 0…{classes - 1} is expected ({len(wrong)} such units)"
+        )
     wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(wrong):
         raise InvalidValue(f"the output for unit {wrong[0]} is not finite ({len(wrong)} of {len(logits)} units)")
