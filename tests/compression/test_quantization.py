@@ -299,10 +299,13 @@ def test_linear_models_try_dynamic_too(task: Blobs, linear: ModulePredictor, tmp
     Quantize(goal="bytes", max_loss=0.02, per_channel=True).apply(job)
     names = [entry["name"] for entry in job.notes.candidates]
     assert names == ["FP32", "int8 (QDQ static, per channel)", "int8 (dynamic, per channel)"]
-    only = job_of(task, linear, tmp_path)
+    only = job_of(task, linear, tmp_path / "only")
     after = Quantize(goal="bytes", mode="dynamic", max_loss=0.02, per_channel=True).apply(only)
     assert only.notes.outcome == "int8 (dynamic, per channel)"
+    assert "calibrated" in job.notes.remarks[0]
+    assert not any("calibrated" in remark for remark in only.notes.remarks)
     assert after.predictor is not None
+    assert after.predictor.payload()[1]["origin"]["calibrated"] == ""
     kinds = {node.op_type for node in after.predictor.graph().graph.node}  # type: ignore[attr-defined]
     assert "MatMulInteger" in kinds
     assert after.predictor.describe().model_bytes < 0.5 * to_onnx(linear).describe().model_bytes

@@ -329,7 +329,8 @@ class Quantize(Step):
         base = self._score(job, source)
         fp32 = _Candidate("FP32", source, base, 0.0, [f"{node.name} ({node.op_type})" for node in model.graph.node])
         tried, failures = [], []
-        for scheme in self._schemes(model):
+        schemes = self._schemes(model)
+        for scheme in schemes:
             try:
                 tried += self._fall_back(job, scheme, model, source, feeds, base)
             except SparingError:
@@ -338,16 +339,16 @@ class Quantize(Step):
                 failures.append({"name": str(scheme), "note": f"failed: {type(error).__name__}: {str(error)[:200]}"})
         chosen = self._choose(job, fp32, [candidate for candidate in tried if candidate.loss <= self.max_loss])
         figures = [candidate.figures(headline.name) for candidate in (fp32, *tried)] + failures
+        remarks = [f"operators in float: {'all' if chosen is fp32 else ', '.join(chosen.in_float) or 'none'}"]
+        if any(scheme.mode == "static" for scheme in schemes):
+            remarks.insert(0, f"static candidates are calibrated on {sum(_rows(feed) for feed in feeds)} samples")
         return {
             "predictor": chosen.predictor,
             "report": {
                 "outcome": KEPT_FP32 if chosen is fp32 else chosen.name,
                 "candidates": [{**entry, "chosen": entry["name"] == chosen.name} for entry in figures],
                 "in_float": len(chosen.in_float),
-                "remarks": [
-                    f"calibrated on {sum(_rows(feed) for feed in feeds)} samples",
-                    f"operators in float: {'all' if chosen is fp32 else ', '.join(chosen.in_float) or 'none'}",
-                ],
+                "remarks": remarks,
             },
         }
 
@@ -414,7 +415,8 @@ class Quantize(Step):
         in_float = float_operators(model, quantised)
         lean(quantised, keep_names=[node.name for node in layers_of(model)])
         content = quantised.SerializeToString(deterministic=True)
-        predictor = source.with_graph(content, str(scheme), reduced_range=products_saturate(), calibrated=self.method)
+        calibrated = self.method if scheme.mode == "static" else ""
+        predictor = source.with_graph(content, str(scheme), reduced_range=products_saturate(), calibrated=calibrated)
         score = self._score(job, predictor)
         loss = base - score if job.task.headline.better == "higher" else score - base
         note = "" if loss <= self.max_loss else f"loses more than max_loss = {self.max_loss:g}"
