@@ -110,6 +110,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [
         (["rum"], 'Did you mean "run"?'),
+        (["rum"], "see: sparing --help"),
+        (["data", "chekc"], "see: sparing data --help"),
+        (["data", "list", "--jsn"], "see: sparing data list --help"),
         (["run"], "requires an argument"),
         (["run", "quickstart", "--sed", "3"], "Did you mean --seeds?"),
         (["run", "quickstart", "--seeds", "0"], "Must be >= 1"),

@@ -346,9 +346,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         if debug:
             raise
-        wanted = " ".join(token for token in tokens[:2] if token.isidentifier())
+        wanted, place = ["sparing"], app
+        for token in tokens:
+            if token not in set(place) or token.startswith("-"):
+                break
+            wanted, place = [*wanted, token], place[token]
         with json_only("--json" in tokens) as emit:
-            print_error(str(error), hint=f"sparing {wanted} --help".replace("  ", " "), emit=emit)
+            print_error(str(error), hint=" ".join([*wanted, "--help"]), emit=emit)
         return 2
     with json_only(bool(bound.arguments.get("json"))) as emit:
         try:
