@@ -112,7 +112,7 @@ def test_round_trip(tmp_path_factory, ledger):
 
 
 def test_loaded_rows_are_equal(saved):
-    ledger = Ledger.load(saved)
+    ledger = Ledger.load(str(saved))  # as people write it
     assert ledger.rows[0].figures["accuracy"] == Figure(0.75, better="higher", interval=(0.2, 0.9))
     assert type(ledger.rows[0].figures["model bytes"].value) is int
     assert ledger.rows[0].curves == {"loss": [(1.0, 2.5), (2.0, 1.5)]}

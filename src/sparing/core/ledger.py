@@ -422,25 +422,26 @@ class Ledger:
         except (PydanticSerializationError, ValueError, TypeError) as error:
             raise InvalidValue(f"the ledger cannot be written: {error}") from error
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write ``ledger.json`` and, when there are outcomes, ``outcomes.npz``, each atomically.
 
         The arrays come first: a ledger is readable beside arrays of rows it does not know yet.
         """
         from sparing.core import files
 
-        document = self.document()
+        folder, document = Path(folder), self.document()
         if self.outcomes:
             files.write_arrays(folder / OUTCOMES, self.outcomes)
         files.write_json(folder / FILE, document)
 
     @classmethod
-    def load(cls, folder: Path) -> Ledger:
+    def load(cls, folder: Path | str) -> Ledger:
         """Read what :meth:`save` wrote; anything off raises :class:`CorruptFile` naming the place."""
         from pydantic import ValidationError
 
         from sparing.core import files
 
+        folder = Path(folder)
         source = folder / FILE
         value = files.read_json(source)
         if not isinstance(value, dict) or "version" not in value:
