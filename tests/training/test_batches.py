@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from points import Points
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from sparing.core.collation import batches_of, items_of
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.training import Batches, IndexBatch, SeededItems, reseed
 
@@ -131,5 +132,21 @@ class Broken:
 def test_a_sample_that_cannot_be_read_is_named() -> None:
     with pytest.raises(DataError, match="sample 6 of the training data cannot be read: KeyError: 'no such picture'"):
         SeededItems(Broken(), 0).__getitems__(IndexBatch([5, 6], 0, 0))
+    with pytest.raises(DataError, match="sample 1 of the training data cannot be read: KeyError: 'no such picture'"):
+        SeededItems(Subset(Broken(), [5, 6]), 0).__getitems__(IndexBatch([0, 1], 0, 0))  # read all at once
+    with pytest.raises(DataError, match=r"^sample 6 cannot be read: KeyError: 'no such picture'$"):
+        list(batches_of(Broken(), 4))
     with pytest.raises(InvalidValue, match="batch_sampler"):
         SeededItems(Broken(), 0).__getitems__([5])
+
+
+def test_items_that_can_only_be_read_alone() -> None:
+    class Alone:
+        def __getitem__(self, index: int) -> int:
+            return index
+
+        def __getitems__(self, indices: list[int]) -> list[int]:
+            raise OSError("too many files")
+
+    with pytest.raises(DataError, match=r"samples 3 … 5 can be read one by one, but not together: OSError: too many"):
+        items_of(Alone(), [3, 4, 5])

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from sparing.core.errors import DataError, InvalidValue, SparingError
+from sparing.core.collation import items_of
+from sparing.core.errors import DataError, InvalidValue
 from sparing.core.randomness import derive_seed
 
 
@@ -197,16 +198,4 @@ class SeededItems:
         if not isinstance(batch, IndexBatch):
             raise InvalidValue("SeededItems needs the batches of sparing's Batches as the loader's batch_sampler")
         with _seeded(self.seed, "items", batch.epoch, batch.number, batch.rank):
-            if hasattr(self.dataset, "__getitems__"):
-                return self.dataset.__getitems__(list(batch))
-            items = []
-            for index in batch:
-                try:
-                    items.append(self.dataset[index])
-                except SparingError:
-                    raise
-                except Exception as error:
-                    raise DataError(
-                        f"sample {index} of the training data cannot be read: {type(error).__name__}: {error}"
-                    ) from error
-            return items
+            return items_of(self.dataset, batch, "of the training data ")
