@@ -293,3 +293,19 @@ def test_a_recipe_may_be_named_by_its_file(tmp_path):
     for source in (path, str(path)):
         assert plan(source).recipe.name == "mine"
     assert Path(pipeline.__file__).name == "pipeline.py"
+
+
+def test_how_rows_are_measured_does_not_train_again(tmp_path):
+    text = """
+task: digits
+model: {name: mlp, widths: [4]}
+meter: {max_seconds: %s, min_seconds: 0, memory: false, energy: "off"}
+steps:
+  - train: {max_steps: 1}
+  - quantize: {max_loss: 1.0}
+"""
+    store = Store(tmp_path / "store")
+    run(parse_recipe(text % 0.01), store=store)
+    trained, chosen = plan(parse_recipe(text % 0.02), store=store).steps
+    assert trained.stored is not None
+    assert chosen.stored is None, "a choice by other timings is made again"

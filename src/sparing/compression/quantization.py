@@ -284,6 +284,7 @@ class Quantize(Step):
 
     stage: ClassVar[Stage] = Stage.INFERENCE
     needs: ClassVar[frozenset[str]] = frozenset({"trained"})
+    by_clock: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only "
         "Inference, eq. 1; choice and fall-back: ours"
