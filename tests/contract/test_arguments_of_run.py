@@ -104,3 +104,35 @@ def test_a_job_to_try_steps_on_by_hand(tmp_path):
     assert row.figures["accuracy"].value == outcomes.mean()
     assert after.predictor is not None
     assert job.predictor is None
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (sparing.Train(accelerator="gpus"), r"steps\[1\]: 'train': Lightning refuses accelerator = 'gpus'"),
+        (sparing.Train(precision="16bit"), r"steps\[1\]: 'train': Lightning refuses .*precision = '16bit'"),
+        (
+            sparing.Distil(teacher="first", model={"name": "mlp", "width": [3]}),
+            r"steps\[1\]: 'distil': the model 'mlp' has no field 'width'\. Did you mean 'widths'\?",
+        ),
+    ],
+    ids=["accelerator", "precision", "student"],
+)
+def test_what_a_step_can_know_beforehand_is_told_by_planning(step, message, store_folder):
+    first = sparing.Train(id="first", epochs=10_000)  # would take hours
+    with pytest.raises(sparing.RecipeError, match=message):
+        sparing.run(task=Points(), steps=[first, step], meter=METER)
+    assert not store_folder.exists()
+
+
+def test_the_store_can_be_named_by_its_folder(tmp_path):
+    sparing.run(task=Points(), steps=[TRAIN], meter=METER, store=str(tmp_path / "mine"))
+    assert list(Store(tmp_path / "mine").entries())
+
+
+def test_a_model_that_looks_at_values_while_it_is_built_is_planned_all_the_same(tmp_path):
+    class Looking(Points):
+        def default_model(self):
+            return torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Dropout(torch.linspace(0, 0.1, 3)[1].item()))
+
+    assert go(Looking(), TRAIN)(tmp_path).ledger.ids == ("train",)

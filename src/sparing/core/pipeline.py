@@ -100,7 +100,10 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe | str | Path, data: Path | str | None = None, store: Store | None = None, until: str | None = None
+    recipe: Recipe | str | Path,
+    data: Path | str | None = None,
+    store: Store | Path | str | None = None,
+    until: str | None = None,
 ) -> Plan:
     """Check a whole recipe without computing anything; raises :class:`RecipeError` with every problem at once.
 
@@ -115,7 +118,7 @@ def plan(
         check_steps(recipe, task, of_model, problems)
     if problems or task is None or meter is None:
         raise RecipeError(problems)
-    planned, remarks = _look_up(recipe, task, meter, Path(data) if data else None, store or Store())
+    planned, remarks = _look_up(recipe, task, meter, Path(data) if data else None, _store(store))
     return Plan(recipe, task, meter, planned, remarks)
 
 
@@ -151,9 +154,7 @@ def _meter(recipe: Recipe, problems: list[str]) -> Meter | None:
 
 def _planned_model(recipe: Recipe, task: Task, problems: list[str]) -> frozenset[str]:
     """What the model is capable of; that it cannot be built or loaded is a problem found before anything runs."""
-    import torch
-
-    from sparing.core.predictor import load
+    from sparing.core.predictor import load, outline
 
     source = recipe.model
     place = source.place if isinstance(source, PartRef) else recipe.name
@@ -162,14 +163,7 @@ def _planned_model(recipe: Recipe, task: Task, problems: list[str]) -> frozenset
         if isinstance(source, Path):
             model = getattr(load(source, recipe.trust), "model", None)
         elif source is None or isinstance(source, PartRef):
-            with isolated_rng(0):
-                try:
-                    with torch.device("meta"):  # without its weights
-                        model = _build(source, task)
-                except (NotImplementedError, RuntimeError, SparingError) as error:
-                    if "meta" not in str(error):
-                        raise
-                    model = _build(source, task)  # it looks at values while it is built
+            model = outline(lambda: _build(source, task))
     except (TypeError, SparingError) as error:
         problems.append(f"{place}: model {_called(source)}: {error}")
         return frozenset({"module"})  # so that no step complains of a model that is wrong for another reason
@@ -231,6 +225,10 @@ class _Standing:
 def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problems: list[str]) -> None:
     for place, step in steps:
         _check_one(step, place, stand.capabilities, stand.rows, problems)
+        try:
+            step.check(stand.task)
+        except SparingError as error:
+            problems.append(f"{place}: {step.id!r}: {error}")
         # steps held by a step run inside it, on a fork of the job and into a ledger of their own; what they promise is
         # the affair of the step that holds them
         inner = [(f"{place} {step.name}.{name}", nested) for name, nested in step.nested().items()]
@@ -295,7 +293,7 @@ def _look_up(
     job, _, remarks = _start(recipe, task, meter, recipe.seed, data, store)
     planned = []
     for index, step in enumerate(recipe.steps):
-        bound = job.store.child("step", step)
+        bound = _store_of(job, step)
         stored = bound.stored_cost()
         others = (replace(bound, seed=seed).stored_cost() for seed in range(SEEDS_LOOKED_AT))
         estimate = None if stored else next((cost[1] for cost in others if cost), None)
@@ -331,7 +329,7 @@ def run(
     data: Path | str | None = None,
     out: Path | str | None = None,
     until: str | None = None,
-    store: Store | None = None,
+    store: Store | Path | str | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Run:
     """Run a recipe and measure a row after every step.
@@ -348,8 +346,8 @@ def run(
     names = {seed: "model" if seed == numbers[0] else f"model-seed{seed}" for seed in numbers}
     if folder:
         _check_out(folder, names.values())
-    store = store or Store()
     checked = plan(recipe, root, store, until)
+    store = _store(store)
     recipe = checked.recipe
     ledger = Ledger.begin(recipe.name, recipe.text, checked.meter)
     if folder and recipe.text:
@@ -388,7 +386,7 @@ def begin(
     trained: bool = False,
     seed: int = 0,
     data: Path | str | None = None,
-    store: Store | None = None,
+    store: Store | Path | str | None = None,
     meter: Mapping[str, Any] | None = None,
 ) -> Job:
     """The job that a run on ``task`` begins with, to try steps on by hand; arguments as of :func:`run`."""
@@ -397,7 +395,11 @@ def begin(
     live, measuring = _task(recipe, problems), _meter(recipe, problems)
     if live is None or measuring is None:
         raise RecipeError(problems)
-    return _start(recipe, live, measuring, seed, Path(data) if data else None, store or Store())[0]
+    return _start(recipe, live, measuring, seed, Path(data) if data else None, _store(store))[0]
+
+
+def _store(store: Store | Path | str | None) -> Store:
+    return store if isinstance(store, Store) else Store(store)
 
 
 def _seeds(seeds: int | Sequence[int], first: int) -> list[int]:
@@ -502,7 +504,7 @@ def _start(
             model = _build(recipe.model, task)
         if recipe.trained:
             predictor = ModulePredictor(model, task)
-    data_key, bound, remarks = _bind(store, task, splits, recipe.model, model, meter, seed)
+    data_key, bound, remarks = _bind(store, task, splits, recipe.model, model, seed)
     capabilities = task.capabilities | capabilities_of(model)
     job = Job(
         task=task,
@@ -532,7 +534,7 @@ def _build(model: Any, task: Task) -> Any:
 
 
 def _bind(
-    store: Store, task: Task, splits: Splits, source: Any, model: Any, meter: Meter, seed: int
+    store: Store, task: Task, splits: Splits, source: Any, model: Any, seed: int
 ) -> tuple[str, BoundStore, list[str]]:
     """The data's key, the job's view of the store (one that keeps nothing without fingerprints), and remarks."""
     import torch
@@ -543,7 +545,7 @@ def _bind(
         named = [source.name, dict(source.fields)] if isinstance(source, PartRef) and _is_ours(source) else None
         content = named or (source if isinstance(source, Path) else model)
         environment_key = environment_fingerprint(torch.get_num_threads())
-        return data_key, store.bind(environment_key, data_key, content, asdict(meter), seed=seed), []
+        return data_key, store.bind(environment_key, data_key, content, seed=seed), []
     except NoFingerprint as error:
         return data_key, BoundStore(None, (), seed), [f"nothing of this run is kept for later runs: {error}"]
 
@@ -587,10 +589,10 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
         raise IncompatibleStep(
             f"{step.id!r} needs {', '.join(missing)}; the job has {', '.join(sorted(job.capabilities))}"
         )
-    bound = job.store.child("step", step)
+    bound = _store_of(job, step)
     before = job.replace(store=bound, notes=Notes())
     if bound.store is None and job.store.store is not None:
-        before.notes.remarks.append("this row and those after it are not kept: a field of the step has no fingerprint")
+        before.notes.remarks.append("this row and those after it are not kept: the step has no fingerprint")
     with isolated_rng("step", job.seed, step.id):
         after = step.apply(before)
     if not isinstance(after, Job):
@@ -610,6 +612,11 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
         after = after.replace(store=bound)
     capabilities = (capabilities - step.removes) | step.gives
     return _finish(job, after.replace(capabilities=capabilities, notes=before.notes), step, test)
+
+
+def _store_of(job: Job, step: Step) -> BoundStore:
+    """The store as this step sees it; how rows are measured is in the key only where the step chooses by it."""
+    return job.store.child("step", step, asdict(job.meter) if step.by_clock and job.meter else None)
 
 
 def _finish(job: Job, after: Job, step: Step | None, test: Any) -> tuple[Job, Row, np.ndarray | None]:
@@ -689,7 +696,7 @@ def _measure(
             "outcomes": {} if outcomes is None else {"headline": np.asarray(outcomes)},
         }
 
-    found = job.store.child("measured").once("row", compute, MEASUREMENT)
+    found = job.store.child("measured", asdict(meter)).once("row", compute, MEASUREMENT)
     figures = {name: Figure.from_json(value) for name, value in found["row"]["figures"].items()}
     return figures, found["outcomes"].get("headline"), found["row"]["by_class"]
 

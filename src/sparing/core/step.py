@@ -57,6 +57,8 @@ class Step:
     """Promises of earlier steps that this step makes real."""
     slots: ClassVar[frozenset[str]] = frozenset()
     """Exclusive slots of the training plan this step fills; two steps before one training may not fill the same."""
+    by_clock: ClassVar[bool] = False
+    """Whether the step chooses by timings; the recipe's meter is then part of what its result depends on."""
     source: ClassVar[str] = ""
     """Paper, section and equation the step implements, or "ours"."""
 
@@ -78,6 +80,12 @@ class Step:
     def apply(self, job: Job) -> Job:
         """The job this one becomes. Pure in ``job``; anything expensive goes through ``job.store``."""
         raise NotImplementedError(f"{type(self).__name__} does not define apply")
+
+    def check(self, task: Task) -> None:
+        """Raise a :class:`SparingError` for what can be known to be wrong before anything runs.
+
+        Planning calls it with the task the job will have. It must be quick and leave no trace.
+        """
 
     def target_task(self) -> Task | None:
         """The task this step changes the job to, or None when it keeps the task."""

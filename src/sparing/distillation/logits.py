@@ -136,6 +136,22 @@ class Distil(Train):
         if isinstance(name, str) and ":" not in name and name not in registry.parts("models"):
             registry.resolve("models", name)  # raises, naming the closest
 
+    def check(self, task: Task) -> None:
+        """The student can be built."""
+        from sparing.core.predictor import build_model, outline
+
+        super().check(task)
+        if isinstance(self.model, str | Mapping):
+            name, fields = self._named()
+            outline(lambda: build_model(name, task, **fields))
+
+    def _named(self) -> tuple[str, dict[str, Any]]:
+        """(name, fields) of a student given by name."""
+        if isinstance(self.model, str):
+            return self.model, {}
+        fields = dict(self.model)
+        return fields.pop("name"), fields
+
     def student(self, job: Job) -> nn.Module:
         """The untrained student; one that is named or made here begins as the same model does when it is the job's."""
         import copy
@@ -153,8 +169,7 @@ class Distil(Train):
             if not hasattr(made, "state_dict"):
                 raise InvalidValue(f"{self.id}: model made a {type(made).__name__}; a torch.nn.Module is expected")
             return made
-        name, fields = (self.model, {}) if isinstance(self.model, str) else (self.model["name"], dict(self.model))
-        fields.pop("name", None)
+        name, fields = self._named()
         with isolated_rng("model", job.seed):
             return build_model(name, job.task, **fields)
 

@@ -324,6 +324,25 @@ def _tensors(weights: bytes, ties: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def outline(build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` makes, without weights and memory for them where that is possible, to see whether it can be made.
+
+    The caller's random state stays as it is.
+    """
+    import torch
+
+    from sparing.core.randomness import isolated_rng
+
+    with isolated_rng(0):
+        try:
+            with torch.device("meta"):
+                return build()
+        except (NotImplementedError, RuntimeError, SparingError) as error:
+            if "meta" not in str(error):
+                raise
+            return build()  # it looks at values while it is built
+
+
 def _filled(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Build ``spec`` without touching the caller's random state and fill it with ``tensors``; shapes must agree.
 

@@ -233,9 +233,10 @@ class Training(pl.LightningModule):
             raise DataError(explain(self.model, self.task, batch, where, error)) from error
         for term in self.terms:
             loss = term(loss, outputs, batch, self.model)
-        if loss.numel() != 1:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
             raise InvalidValue(
-                f"the loss of {type(self.task).__name__} has shape {tuple(loss.shape)}; a scalar, reduced by "
+                f"the loss of {type(self.task).__name__} {found}; a scalar, reduced by "
                 f"{self.task.loss_reduction!r} over the batch, is needed"
             )
         self.value = loss.item()
@@ -715,6 +716,30 @@ def make_trainer(
         from lightning.pytorch.loggers import CSVLogger
 
         loggers = [*loggers, CSVLogger(settings.log_folder, name=settings.id)]
+    return _placed_trainer(
+        settings,
+        max_epochs=epochs,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.gradient_clip,
+        callbacks=every,
+        logger=loggers or False,
+        plugins=[io],
+        default_root_dir=folder,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def check_placement(settings: Train) -> None:
+    """Raise :class:`InvalidValue` when Lightning cannot give the devices, strategy or precision asked for."""
+    with surroundings(deterministic=False):
+        _placed_trainer(settings, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def _placed_trainer(settings: Train, **more: Any) -> pl.Trainer:
     strategy = settings.strategy
     if strategy == "auto" and settings.num_nodes == 1 and settings.devices not in (1, "1", "auto", -1, "-1"):
         strategy = "ddp_fork"
@@ -725,18 +750,7 @@ def make_trainer(
             num_nodes=settings.num_nodes,
             strategy=strategy,
             precision=settings.precision,  # type: ignore[arg-type]
-            max_epochs=epochs,
-            accumulate_grad_batches=settings.accumulate,
-            gradient_clip_val=settings.gradient_clip,
-            callbacks=every,
-            logger=loggers or False,
-            plugins=[io],
-            default_root_dir=folder,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **more,
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise InvalidValue(

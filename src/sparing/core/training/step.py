@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparing.core.job import Job, TrainingPlan
+    from sparing.core.task import Task
 
 
 @step("train")
@@ -99,6 +100,15 @@ class Train(Step):
             from sparing.core.training.optimization import scheduler_class
 
             _checked("scheduler", self.scheduler, self.scheduler_args, scheduler_class)
+
+    def check(self, task: Task) -> None:
+        """Lightning takes the devices, strategy and precision, where others than its defaults are asked for."""
+        super().check(task)
+        asked = (self.accelerator, self.devices, self.strategy, self.num_nodes, self.precision)
+        if asked != ("auto", 1, "auto", 1, "32-true"):
+            from sparing.core.training.loop import check_placement
+
+            check_placement(self)
 
     def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
         """The model to train and the plan to train it by. Subclasses override this, e.g. to add a loss term.
