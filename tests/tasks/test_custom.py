@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+from sparing.core.collation import batches_of
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.fingerprint import NoFingerprint, fingerprint
 from sparing.tasks.custom import CustomTask
@@ -219,3 +220,17 @@ def test_the_tasks_fingerprint_follows_its_functions() -> None:
     assert base != task(better="higher").fingerprint()
     assert base != task(loss=nn.functional.l1_loss).fingerprint()
     assert base != task(version="2").fingerprint()
+
+
+def test_an_item_of_a_cut_split_is_told_by_its_number_in_the_users_data() -> None:
+    class Torn(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            if index == bad:
+                raise OSError("torn page")
+            return super().__getitem__(index)
+
+    bad = -1
+    split = task(train=Torn(X[:40], Y[:40]), version="1").splits().val
+    bad = int(split.dataset.indices[2])
+    with pytest.raises(DataError, match=rf"^sample {bad} cannot be read: OSError: torn page$"):
+        list(batches_of(split, 8))

@@ -132,7 +132,7 @@ class Broken:
 def test_a_sample_that_cannot_be_read_is_named() -> None:
     with pytest.raises(DataError, match="sample 6 of the training data cannot be read: KeyError: 'no such picture'"):
         SeededItems(Broken(), 0).__getitems__(IndexBatch([5, 6], 0, 0))
-    with pytest.raises(DataError, match="sample 1 of the training data cannot be read: KeyError: 'no such picture'"):
+    with pytest.raises(DataError, match="sample 6 of the training data cannot be read: KeyError: 'no such picture'"):
         SeededItems(Subset(Broken(), [5, 6]), 0).__getitems__(IndexBatch([0, 1], 0, 0))  # read all at once
     with pytest.raises(DataError, match=r"^sample 6 cannot be read: KeyError: 'no such picture'$"):
         list(batches_of(Broken(), 4))

@@ -44,4 +44,6 @@ def _item(dataset: Any, index: int, where: str) -> Any:
     except SparingError:
         raise
     except Exception as error:
+        while hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, and what is like it
+            dataset, index = dataset.dataset, int(dataset.indices[index])
         raise DataError(f"sample {index} {where}cannot be read: {type(error).__name__}: {error}") from error

@@ -236,6 +236,8 @@ class _Versioned:
 
     def __init__(self, dataset: Any, identity: list[Any]) -> None:
         self.dataset, self._identity = dataset, identity
+        self.indices = range(len(dataset))
+        """As torch's ``Subset``: messages follow it to the sample's number in the user's own data."""
 
     def __len__(self) -> int:
         return len(self.dataset)
