@@ -329,6 +329,7 @@ def run(
     data: Path | str | None = None,
     out: Path | str | None = None,
     until: str | None = None,
+    trust: Sequence[str] = (),
     store: Store | Path | str | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Run:
@@ -341,6 +342,7 @@ def run(
     computed.
     """
     recipe = _recipe_of(recipe, task, model, steps, trained, meter)
+    recipe = replace(recipe, trust=(*recipe.trust, *trust))
     numbers = _seeds(seeds, recipe.seed)
     root, folder = (Path(data) if data else None), (Path(out) if out else None)
     names = {seed: "model" if seed == numbers[0] else f"model-seed{seed}" for seed in numbers}
@@ -348,6 +350,8 @@ def run(
         _check_out(folder, names.values())
     checked = plan(recipe, root, store, until)
     store = _store(store)
+    if folder:
+        _make(folder)
     recipe = checked.recipe
     ledger = Ledger.begin(recipe.name, recipe.text, checked.meter)
     if folder and recipe.text:
@@ -423,6 +427,9 @@ def _check_out(folder: Path, names: Iterable[str]) -> None:
     for path in (folder / name for name in names):
         if path.exists() and not (path / "sparing.json").is_file() and not (path.is_dir() and not any(path.iterdir())):
             raise InvalidValue(f"out = {folder}: {path.name} in it is no saved model, which would take its place")
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -515,6 +522,7 @@ def _start(
         seed=seed,
         store=bound,
         root=root,
+        trust=tuple(recipe.trust),
         data_key=data_key,
         predictor=predictor,
         capabilities=capabilities | ({"trained"} if recipe.trained else frozenset()),

@@ -41,6 +41,11 @@ class TaskCase:
         return self.task.splits(self.root)
 
     @cached_property
+    def another(self) -> Task:
+        """Another one, whose data are read anew."""
+        return self.make()
+
+    @cached_property
     def predictor(self) -> ModulePredictor:
         """Its default model, untrained."""
         return ModulePredictor(self.task.default_model(), self.task)
@@ -78,7 +83,7 @@ def its_splits_are_apart_and_the_same_every_time(case: TaskCase, folder: Path) -
     """Four map-style data sets, none empty; no item of one in another; another object reads the same, in any state."""
     parts = {name: getattr(case.splits, name) for name in ("train", "val", "calibration", "test")}
     before = generators()
-    again = case.make().splits(case.root)
+    again = case.another.splits(case.root)
     assert generators() == before, "reading the data changes the global random generators"
     seen: dict[str, str] = {}
     for name, part in parts.items():
@@ -93,7 +98,7 @@ def its_splits_are_apart_and_the_same_every_time(case: TaskCase, folder: Path) -
 
 def is_known_by_its_content(case: TaskCase, folder: Path) -> None:
     """Equal tasks have equal fingerprints, of definition and data."""
-    again = case.make()
+    again = case.another
     assert case.task.fingerprint() == again.fingerprint()
     assert fingerprint(case.splits) == fingerprint(again.splits(case.root))
 
