@@ -168,9 +168,9 @@ def test_transfer_checks_its_fields_and_the_plan(tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="'digits'"):
         Transfer(task="digit")
     with pytest.raises(InvalidValue, match="colour"):
-        Transfer(task="digits", fields={"colour": True})
-    with pytest.raises(InvalidValue, match="made already"):
-        Transfer(task=Shapes(), fields={"classes": 3})
+        Transfer(task={"name": "digits", "colour": True})
+    with pytest.raises(InvalidValue, match="name is needed"):
+        Transfer(task={"classes": 3})
     job = job_of(Shapes(), build_model(guests.SmallNet), tmp_path)
     planned = job.replace(training=TrainingPlan().adding(callbacks=lambda: None))
     with pytest.raises(IncompatibleStep, match="train first"):

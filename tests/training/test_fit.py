@@ -334,6 +334,11 @@ def test_nan_for_long_ends_the_training(data: Splits) -> None:
         fit(network(), Poisoned(*range(5, 12)), data.train, None, replace(QUICK, nan_patience=3))
 
 
+def test_a_training_without_one_finite_loss_is_no_training(data: Splits) -> None:
+    with pytest.raises(TrainingDiverged, match="not finite in any of the 3 batches, so nothing was learned"):
+        fit(network(), Poisoned(*range(3)), data.train, None, replace(QUICK, max_steps=3, nan_patience=10))
+
+
 def test_a_layer_that_refuses_a_batch_is_named() -> None:
     wrong = TensorDataset(torch.zeros(20, 5), torch.zeros(20, dtype=torch.long))
     with pytest.raises(

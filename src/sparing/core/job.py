@@ -80,6 +80,8 @@ class Job:
     store: BoundStore
     root: Path | None = None
     """The data folder, for ``job.task.splits(job.root)``."""
+    trust: tuple[str, ...] = ()
+    """Packages whose classes a saved model's folder may ask for."""
     data_key: str = ""
     """Fingerprint of the task and its data; empty when they have none."""
     training: TrainingPlan = field(default_factory=TrainingPlan)

@@ -13,6 +13,7 @@ from sparing.core import text
 from sparing.core.ledger import (
     ENERGY,
     MACS,
+    METERED,
     MODEL_BYTES,
     P50,
     Figure,
@@ -206,8 +207,14 @@ def _figure(name: str, figure: Figure, line: Summary) -> Cell:
 
 
 def _remarks(lines: Sequence[Summary]) -> list[str]:
-    """What a reader must know to read the differences."""
+    """What rows without a measured model recorded, and what a reader must know to read the differences."""
     remarks = []
+    for line in lines:
+        if line.headline not in line.figures:
+            own = {name: figure for name, figure in line.figures.items() if name not in METERED}
+            if own:
+                shown = (f"{name} {_figure(name, figure, line).text}" for name, figure in own.items())
+                remarks.append(f"{line.id}: {'; '.join(shown)}.")
     methods = {line.to_first.method.split(",")[0] for line in lines if line.to_first is not None}
     if any(line.to_first is not None for line in lines):
         seeds = max(len(line.seeds) for line in lines)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
 from sparing.core import registry
 from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError
 from sparing.core.step import Stage, Step, step
@@ -104,28 +102,28 @@ class Transfer(Step):
     removes: ClassVar[frozenset[str]] = frozenset({"trained"})
     source: ClassVar[str] = "ours"
 
-    task: str | Task
-    """The registered task to go on with, or a task made in Python."""
-    fields: dict[str, Any] = Field(default_factory=dict)
-    """Fields of a task given by name."""
+    task: str | dict[str, Any] | Task
+    """The task to go on with: a registered one's name or {name: …, field: value}, or a task made in Python."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.task, str) and self.fields:
-            raise InvalidValue(f"fields = {self.fields}: they belong to a task given by name; this one is made already")
         self.target_task()
 
     @cached_property
     def _target(self) -> Task:
         if isinstance(self.task, Task):
             return self.task
-        made = registry.resolve("tasks", self.task)
+        named = {"name": self.task} if isinstance(self.task, str) else self.task
+        if not isinstance(named.get("name"), str):
+            raise InvalidValue(f"task = {named}: a registered task's name is needed, for example {{name: digits}}")
+        fields = {key: value for key, value in named.items() if key != "name"}
+        made = registry.resolve("tasks", named["name"])
         try:
-            return made(**self.fields)
+            return made(**fields)
         except SparingError:
             raise
         except TypeError as error:
-            raise InvalidValue(f"task = {self.task!r} cannot be made with fields = {self.fields}: {error}") from error
+            raise InvalidValue(f"task = {named['name']!r} cannot be made with {fields}: {error}") from error
 
     def target_task(self) -> Task:
         """The task this step changes the job to."""

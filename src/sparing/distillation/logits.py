@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -74,10 +75,14 @@ def distillation_term(
 
     from sparing.core.predictor import ModulePredictor
 
+    copies: dict[torch.device, nn.Module] = {}  # the row's own model stays where it is
+
     def teach(batch: Any, device: torch.device) -> Tensor:
         with torch.no_grad():
             if isinstance(teacher, ModulePredictor):
-                answer = task.outputs(teacher.model.to(device), batch)
+                if device not in copies:
+                    copies[device] = copy.deepcopy(teacher.model).to(device)
+                answer = task.outputs(copies[device], batch)
             else:
                 answer = torch.as_tensor(task.outputs(teacher, batch))
         return answer.to(device)
@@ -154,8 +159,6 @@ class Distil(Train):
 
     def student(self, job: Job) -> nn.Module:
         """The untrained student; one that is named or made here begins as the same model does when it is the job's."""
-        import copy
-
         from sparing.core.predictor import build_model
         from sparing.core.randomness import isolated_rng
 
@@ -178,8 +181,13 @@ class Distil(Train):
         student = self.student(job)
         if self.weight == 0:
             return student, job.training
-        teacher, task, temperature, weight = self.find_teacher(job), job.task, self.temperature, self.weight
-        return student, job.training.adding(loss_terms=lambda: distillation_term(teacher, task, temperature, weight))
+
+        def term() -> Callable[
+            [Tensor, Any, Any, nn.Module], Tensor
+        ]:  # asked when there is training
+            return distillation_term(self.find_teacher(job), job.task, self.temperature, self.weight)
+
+        return student, job.training.adding(loss_terms=term)
 
     def find_teacher(self, job: Job) -> Predictor:
         """The predictor that teaches."""
@@ -188,7 +196,7 @@ class Distil(Train):
         if self.teacher is not None:
             return job.row(self.teacher)
         assert self.teacher_folder is not None
-        return load(self.teacher_folder)
+        return load(self.teacher_folder, job.trust)
 
     def apply(self, job: Job) -> Job:
         """The job with the trained student."""

@@ -670,6 +670,11 @@ def run(
             layer.training = mode
     figures = module.figures
     kept = {name: figures[name] for name in ("samples", "steps", "epochs", "best_epoch", "best_value", "stopped_early")}
+    if figures["skipped"] and figures["skipped"] == figures["batches"]:
+        raise TrainingDiverged(
+            f"the loss was not finite in any of the {figures['batches']} batches, so nothing was learned: the data may "
+            "hold NaN, or the loss may be undefined for this model's outputs"
+        )
     if figures["skipped"]:
         remarks = [
             *remarks,
