@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -43,6 +44,7 @@ def watched(function: Callable[[], Any]) -> Outcome:
         status = 1
         try:
             signal.alarm(60)
+            gc.freeze()  # what the parent holds is not looked through again
             before, start = _resident(), time.process_time()
             raised, deliberate = "", False
             try:
