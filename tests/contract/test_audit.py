@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,9 @@ def test_an_audit_runs_pipelines_of_its_own_and_survives_kills(tmp_path):
     assert done.job.train is not None
     assert len(done.job.train) == 96  # what happened inside stays inside
     assert done.ledger.ids == ("train", "backdoor_exposure")
+    assert re.search(
+        r"backdoor_exposure: attack success, clean [\d.]+; attack success, poisoned", done.ledger.to_markdown()
+    )
 
 
 def test_what_an_audit_spends_is_counted_in_its_row(tmp_path):
