@@ -6,12 +6,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from sparing.core import registry
-from sparing.core.errors import CorruptFile, InvalidValue, SparingError
+from sparing.core.errors import CorruptFile, InvalidValue, SparingError, shown
 
 
 class Operation(ABC):
@@ -33,6 +34,8 @@ class Preprocessing:
 
     def __call__(self, raws: Sequence[Any]) -> np.ndarray:
         """Raw inputs (N of them) → model input (N, …); raises :class:`InvalidValue` when that is not what comes out."""
+        if isinstance(raws, str | bytes | PurePath) or not hasattr(raws, "__len__"):
+            raise InvalidValue(f"a list of raw inputs is expected, not {shown(raws)} alone: write [input]")
         if len(raws) == 0:
             raise InvalidValue("no inputs were given: preprocessing needs at least one")
         batch: Any = list(raws)
