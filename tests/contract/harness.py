@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from sparing.core.collation import batches_of
-from sparing.core.fingerprint import fingerprint
 from sparing.core.metrics import CLASSIFICATION_METRICS, evaluate_classification
 from sparing.core.pipeline import Run, run
 from sparing.core.predictor import build_model
@@ -71,9 +70,6 @@ class Points(Task):
 
     def default_model(self) -> nn.Module:
         return build_model(Net)
-
-    def fingerprint(self) -> str:
-        return fingerprint([self.name, self.seed, self.spread])
 
 
 def go(task: Task, *steps: Any, **options: Any) -> Callable[[Path], Run]:

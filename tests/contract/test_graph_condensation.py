@@ -77,9 +77,6 @@ class Graphs(Task):
     def default_model(self) -> nn.Module:
         return build_model(GraphNet)
 
-    def fingerprint(self) -> str:
-        return "1"
-
 
 @step("condense_graphs")
 class CondenseGraphs(Step):

@@ -92,9 +92,6 @@ class Nodes(Task):
     def default_model(self) -> nn.Module:
         return build_model(NodeNet)
 
-    def fingerprint(self) -> str:
-        return "1"
-
 
 TRAIN = Train(epochs=8, lr=0.05, checkpoint_every_batches=2)
 

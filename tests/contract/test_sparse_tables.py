@@ -64,9 +64,6 @@ class Clicks(Task):
     def default_model(self) -> nn.Module:
         return build_model(Clicker)
 
-    def fingerprint(self) -> str:
-        return "1"
-
 
 class Both(torch.optim.Optimizer):
     """Two optimisers as one: what Lightning, schedulers and resumption need to see."""

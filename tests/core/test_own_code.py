@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import sys
 import textwrap
 
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from sparing.core.fingerprint import NoFingerprint, fingerprint
+from sparing.core.pipeline import begin
+from sparing.core.store import Store
 
 HELPERS = """
 SCALE = 2.0
@@ -48,6 +51,24 @@ class Mine(Base):
 """
 
 
+TASK = """
+from sparing.core.task import Splits, Task
+
+def penalty(x):
+    return x.abs()
+
+class Mine(Task):
+    name = "mine"
+    def splits(self, root):
+        return Splits([], [], [], [])
+    def loss(self, outputs, batch):
+        return penalty(outputs)
+    def evaluate(self, predictor, split): ...
+    def example_input(self, batch=2): ...
+    def default_model(self): ...
+"""
+
+
 @pytest.fixture
 def key(tmp_path, monkeypatch):
     """A step's fingerprint after replacing texts in its own module or in the module of its helpers."""
@@ -61,8 +82,6 @@ def key(tmp_path, monkeypatch):
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
-        import linecache
-
         linecache.clearcache()
         return fingerprint(importlib.import_module("method_of_mine").Mine())
 
@@ -91,6 +110,22 @@ def test_what_a_step_rests_on_changes_its_fingerprint(key, old, new):
 @pytest.mark.parametrize(("old", "new"), [("return x\n", "return -x\n"), ("UNUSED = 1", "UNUSED = 2")])
 def test_what_it_does_not_name_does_not(key, old, new):
     assert key() == key((old, new))
+
+
+def test_an_edited_loss_of_a_users_task_is_in_the_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    model, keys = nn.Linear(1, 1), []
+    for text in (TASK, TASK, TASK.replace("x.abs()", "x.square()")):
+        (tmp_path / "task_of_mine.py").write_text(text)
+        sys.modules.pop("task_of_mine", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        task = importlib.import_module("task_of_mine").Mine()
+        keys.append(begin(task, model, store=Store(tmp_path / "store")).store.key())
+    sys.modules.pop("task_of_mine", None)
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
 
 
 def net() -> nn.Sequential:

@@ -299,7 +299,7 @@ def _look_up(
         estimate = None if stored else next((cost[1] for cost in others if cost), None)
         planned.append(PlannedStep(step, recipe.place(index), stored, estimate))
         if target := step.target_task():
-            bound = bound.child("data", target, target.splits(data))
+            bound = bound.child("data", type(target), target, target.splits(data))
         job = job.replace(store=bound)
     return planned, remarks
 
@@ -553,7 +553,7 @@ def _bind(
         named = [source.name, dict(source.fields)] if isinstance(source, PartRef) and _is_ours(source) else None
         content = named or (source if isinstance(source, Path) else model)
         environment_key = environment_fingerprint(torch.get_num_threads())
-        return data_key, store.bind(environment_key, data_key, content, seed=seed), []
+        return data_key, store.bind(environment_key, type(task), data_key, content, seed=seed), []
     except NoFingerprint as error:
         return data_key, BoundStore(None, (), seed), [f"nothing of this run is kept for later runs: {error}"]
 
@@ -611,7 +611,7 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
             raise IncompatibleStep(f"{step.id!r} {problem}")
         capabilities = (capabilities - job.task.capabilities) | after.task.capabilities
         splits = after.task.splits(after.root)
-        moved, data_key = bound.child("data", after.task, splits), ""
+        moved, data_key = bound.child("data", type(after.task), after.task, splits), ""
         if moved.store is not None:
             data_key = fingerprint([after.task, splits])
         after = after.replace(store=replace(moved, cost=bound.cost), data_key=data_key)

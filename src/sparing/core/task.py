@@ -113,6 +113,11 @@ class Task(ABC):
         """Group membership of each test unit (n_units,) for fairness columns, or None."""
         return None
 
-    @abstractmethod
     def fingerprint(self) -> str:
-        """Changes whenever this task's definition changes (its data are fingerprinted separately)."""
+        """Changes whenever this task's definition changes (its data, and the code of its class, are looked at apart).
+
+        By default the task's public attributes decide.
+        """
+        from sparing.core.fingerprint import fingerprint
+
+        return fingerprint({name: value for name, value in vars(self).items() if not name.startswith("_")})
