@@ -86,6 +86,12 @@ def test_the_hook_is_called_before_each_stage_of_each_file(tmp_path, write):
 
 
 @WRITERS
+def test_missing_folders_on_the_way_are_made(tmp_path, write):
+    write(tmp_path / "several" / "folders" / "deep" / "target", "new")
+    assert content(tmp_path / "several" / "folders" / "deep" / "target") == "new"
+
+
+@WRITERS
 @OLD
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_an_error_at_any_moment_leaves_the_old_content_and_nothing_aside(tmp_path, write, old, number):
