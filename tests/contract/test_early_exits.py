@@ -190,6 +190,7 @@ def test_a_predictor_of_predictors_is_measured_saved_and_survives_kills(tmp_path
     assert row.figures["model bytes"].value == sum(
         path.stat().st_size for path in (done.folder / "model").rglob("*.onnx")
     )  # everything it needs to answer counts
+    assert row.figures["parameters"].value == done.ledger.rows[0].figures["parameters"].value  # scales are none
     x = StagedPoints().part(40, 9).tensors[0]
     np.testing.assert_array_equal(again(x), done.predictor(x))
 

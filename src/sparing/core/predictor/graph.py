@@ -171,11 +171,17 @@ def weights_of(model: ModelProto) -> tuple[list[dict[str, Any]], int, int, set[s
     for node in model.graph.node:
         for position, name in enumerate(node.input):
             readers.setdefault(name, []).append((node, position))
+    # dynamic quantisation multiplies the scale of a weight with that of the activations, which it finds as it runs
+    scales = {name for node in model.graph.node if node.op_type == "DynamicQuantizeLinear" for name in node.output}
     layers: dict[str, dict[str, Any]] = {}
     total = nonzero_total = 0
     formats: dict[bool, set[str]] = {True: set(), False: set()}
     for name, tensor in stored.items():
-        uses = [(node, at) for node, at in readers.get(name, []) if _is_weight(node, at, tensor.data_type)]
+        uses = [
+            (node, at)
+            for node, at in readers.get(name, [])
+            if _is_weight(node, at, tensor.data_type) and not (node.op_type == "Mul" and scales & set(node.input))
+        ]
         if not uses:
             continue
         node, at = uses[0]
