@@ -24,7 +24,8 @@ def store(tmp_path_factory):
 def test_pair(first, second, store):
     one, two = STEPS[first], STEPS[second]
     before = [*one.before, *(step for step in two.before if step not in one.before)]
-    steps = [*before, dataclasses.replace(one.step, id="one"), dataclasses.replace(two.step, id="two")]
+    after = [*two.after, *(step for step in one.after if step not in two.after)]
+    steps = [*before, dataclasses.replace(one.step, id="one"), dataclasses.replace(two.step, id="two"), *after]
     refused = ""
     try:
         done = run(task=one.task(), steps=steps, meter=QUICK, store=store)

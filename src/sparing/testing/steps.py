@@ -300,7 +300,7 @@ def is_done_once(case: StepCase, folder: Path) -> None:
     first = run(**case.recipe(), store=store)
     made = {entry.folder: entry.made for entry in store.entries()}
     again = run(**case.recipe(), store=store)
-    assert again.ledger.canonical() == first.ledger.canonical()
+    assert again.ledger.canonical() == first.ledger.canonical(), "the ledgers differ"
     assert {entry.folder: entry.made for entry in store.entries()} == made, "a second run made something anew"
 
 
