@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparing.core import registry
 from sparing.core.collation import batches_of
 from sparing.core.errors import InvalidValue
 from sparing.core.fingerprint import fingerprint
@@ -36,7 +38,7 @@ class ModelCase:
     exports: bool = True
     """Whether it can be written as ONNX."""
     free: tuple[str, ...] = ()
-    """Fields that take any value of their type, so that no number is refused."""
+    """Fields that take any value of their type, so that none is refused."""
 
     def build(self, **more: Any) -> nn.Module:
         """The model for the task."""
@@ -110,18 +112,21 @@ def is_exported(case: ModelCase, folder: Path) -> None:
 
 
 def refuses_wrong_fields(case: ModelCase, folder: Path) -> None:
-    """An unknown field is told with the closest; a number no size can be is refused by name."""
-    spec = spec_of(case.build())
-    assert spec is not None
-    for name, value in spec.config.items():
-        message = refusal(lambda name=name: case.build(**{f"{name}x": 1}), InvalidValue)  # type: ignore[misc]
+    """An unknown field is told with the closest; a number no size can be, or a word that is no choice, by name."""
+    make = registry.resolve("models", case.builder) if isinstance(case.builder, str) else case.builder
+    for name, parameter in inspect.signature(make).parameters.items():
+        unknown: dict[str, Any] = {f"{name}x": 1}
+        message = refusal(partial(case.build, **unknown), InvalidValue)
         assert message is not None, f"the unknown field {name}x was accepted"
         assert f"Did you mean {name!r}?" in message, message
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in case.free:
-            message = refusal(lambda name=name: case.build(**{name: -3}), InvalidValue)  # type: ignore[misc]
-            assert message is not None, f"{name} = -3 was accepted"
-            assert name in message, message
-            assert "-3" in message, message
+        usual = case.fields.get(name, parameter.default)
+        if name in case.free or isinstance(usual, bool) or not isinstance(usual, int | float | str):
+            continue
+        wrong = "no such choice" if isinstance(usual, str) else -3
+        message = refusal(partial(case.build, **{name: wrong}), InvalidValue)
+        assert message is not None, f"{name} = {wrong!r} was accepted"
+        assert name in message, message
+        assert repr(wrong) in message, message
 
 
 def says_its_shapes(case: ModelCase, folder: Path) -> None:

@@ -145,11 +145,11 @@ def its_loss_is_reduced_as_it_says(case: TaskCase, folder: Path) -> None:
 
 def its_evaluation_is_complete(case: TaskCase, folder: Path) -> None:
     """All metrics, finite; outcomes whose mean is the headline; the same twice; no random number drawn."""
-    split = Some(case.splits.test)
+    split, predictor = Some(case.splits.test), case.predictor
     before = generators()
-    found = case.task.evaluate(case.predictor, split)
+    found = case.task.evaluate(predictor, split)
     assert generators() == before, "evaluation draws random numbers"
-    again = case.task.evaluate(case.predictor, split)
+    again = case.task.evaluate(predictor, split)
     names = [metric.name for metric in case.task.metrics]
     assert sorted(found.metrics) == sorted(names), f"declares {names}, returns {sorted(found.metrics)}"
     assert all(np.isfinite(value) for value in found.metrics.values()), found.metrics
