@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from sparing.core import registry
+from sparing.core import clock, registry
 from sparing.parts import PARTS, Part
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _hasty_clock() -> Iterator[None]:
+    """Nothing here depends on what the clock shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "WARM_UP_SECONDS", 0.002)
+        patch.setattr(clock, "BLOCK_SECONDS", 0.002)
+        yield
 
 
 @pytest.fixture

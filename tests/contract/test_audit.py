@@ -79,7 +79,7 @@ TRAIN = Train(epochs=3, batch_size=16, lr=0.02, checkpoint_every_batches=3)
 
 
 def test_an_audit_runs_pipelines_of_its_own_and_survives_kills(tmp_path):
-    done = survives_kills(go(Points(), TRAIN, BackdoorExposure()), tmp_path, deaths=7)
+    done = survives_kills(go(Points(), TRAIN, BackdoorExposure()), tmp_path, deaths=4)
     audit = done.ledger.rows[1]
     assert {reason: [row.id for row in rows] for reason, rows in audit.sub.items()} == {
         "clean": ["herd", "train"],

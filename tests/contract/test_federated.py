@@ -76,7 +76,7 @@ class FederatedAveraging(Step):
 
 
 def test_rounds_are_kept_and_survive_kills(tmp_path):
-    done = survives_kills(go(Points(), FederatedAveraging()), tmp_path, deaths=7)
+    done = survives_kills(go(Points(), FederatedAveraging()), tmp_path, deaths=4)
     (row,) = done.ledger.rows
     assert len(row.curves["spread of clients"]) == 4
     parameters = 6 * 16 + 16 + 16 * 3 + 3

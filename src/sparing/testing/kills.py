@@ -15,7 +15,7 @@ from sparing.core.pipeline import Run
 from sparing.core.store import Progress, Store
 
 
-def survives_kills(start: Callable[[Path], Run], folder: Path, deaths: int = 5) -> Run:
+def survives_kills(start: Callable[[Path], Run], folder: Path, deaths: int = 4) -> Run:
     """Run once unbroken and once killed again and again; both must leave the same ledger and the same tensors.
 
     ``start(folder)`` runs with its store in ``folder/store`` and its output in ``folder/out``. Each attempt is a fork
