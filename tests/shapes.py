@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from beartype import BeartypeConf, beartype
 
+SHAPED = re.compile(r"\b(Float|Int|Integer|Bool|Complex|Num|Shaped)\[")
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as it is for mypy
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` checked where it names shapes; other annotations are mypy's affair, and bad input is the tests'."""
     annotations = getattr(function, "__annotations__", {}).values()
-    shaped = any("Tensor, " in str(annotation) or "ndarray, " in str(annotation) for annotation in annotations)
-    return check(function) if shaped else function
+    return check(function) if any(SHAPED.search(str(annotation)) for annotation in annotations) else function

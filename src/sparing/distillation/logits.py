@@ -182,9 +182,7 @@ class Distil(Train):
         if self.weight == 0:
             return student, job.training
 
-        def term() -> Callable[
-            [Tensor, Any, Any, nn.Module], Tensor
-        ]:  # asked when there is training
+        def term() -> Callable[[Tensor, Any, Any, nn.Module], Tensor]:  # asked when there is training
             return distillation_term(self.find_teacher(job), job.task, self.temperature, self.weight)
 
         return student, job.training.adding(loss_terms=term)
