@@ -72,7 +72,8 @@ class Graphs(Task):
         return evaluate_classification(np.asarray(self.outputs(predictor, batch)), np.asarray(batch[2]), self.labels)
 
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
-        return torch.ones(batch, NODES, FEATURES), torch.eye(NODES).repeat(batch, 1, 1)
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(batch, NODES, FEATURES, generator=draw), torch.rand(batch, NODES, NODES, generator=draw)
 
     def default_model(self) -> nn.Module:
         return build_model(GraphNet)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from sparing.core.errors import SparingError
 from sparing.core.metrics import CLASSIFICATION_METRICS, evaluate_classification
 from sparing.core.pipeline import run
-from sparing.core.predictor import build_model
+from sparing.core.predictor import build_model, load
 from sparing.core.task import Evaluation, Splits, Task
 from sparing.core.training import Train
 
@@ -53,7 +53,8 @@ class NodeNet(nn.Module):
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         hidden = self.first(x).relu()
         summed = torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]])
-        counts = torch.zeros(len(x)).index_add(0, edges[1], torch.ones(edges.shape[1]))
+        ones = torch.ones_like(edges[1], dtype=x.dtype)
+        counts = torch.zeros_like(x[:, 0]).index_add(0, edges[1], ones)
         return self.last(hidden + summed / counts.clamp(min=1).unsqueeze(1))
 
 
@@ -87,7 +88,9 @@ class Nodes(Task):
         return evaluate_classification(logits[mask.numpy()], y.numpy()[mask.numpy()], self.labels)
 
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
-        return OneGraph(torch.ones(NODES, dtype=torch.bool))[0][:2]
+        nodes = NODES + batch  # graphs have no batch; any number of nodes and edges will do
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(nodes, FEATURES, generator=draw), torch.randint(nodes, (2, 4 * nodes), generator=draw)
 
     def default_model(self) -> nn.Module:
         return build_model(NodeNet)
@@ -105,11 +108,28 @@ def test_full_batch_training_measured_over_masked_nodes(tmp_path):
     assert row.figures["accuracy"].value > 0.6
 
 
-def test_exported_with_the_runtime_named(tmp_path):
-    """A graph has no batch dimension; whatever the row was measured in, it says so."""
-    (row,) = go(Nodes(), TRAIN)(tmp_path).ledger.rows
-    assert row.runtime in {"onnxruntime", "torch"}
-    assert row.runtime == "onnxruntime" or any("measured in torch" in remark for remark in row.remarks)
+def test_exported_with_any_number_of_nodes_and_edges(tmp_path):
+    done = go(Nodes(), TRAIN)(tmp_path)
+    (row,) = done.ledger.rows
+    assert row.runtime == "onnxruntime"
+    saved = load(done.folder / "model")
+    x, edges = torch.randn(7, FEATURES), torch.randint(7, (2, 11))
+    expected = done.job.model.eval()(x, edges).detach()
+    torch.testing.assert_close(torch.from_numpy(saved(x, edges)), expected, rtol=1e-4, atol=1e-5)
+
+
+class Looking(NodeNet):
+    """A network whose path depends on what it computes, which no graph of operators can hold."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        out = super().forward(x, edges)
+        return out if bool(out.sum() > 0) else 2 * out
+
+
+def test_a_task_without_export_is_measured_in_torch_and_says_so(tmp_path):
+    done = go(Nodes(), TRAIN, Train(id="more", epochs=1), model=build_model(Looking))(tmp_path)
+    assert [row.runtime for row in done.ledger.rows] == ["torch", "torch"]  # all rows of a task in one runtime
+    assert any("measured in torch, as are the rows after it" in remark for remark in done.ledger.rows[0].remarks)
 
 
 def test_refused_without_a_node_to_learn_from(tmp_path):

@@ -218,12 +218,12 @@ def comparable(
 
     A torch module is exported to ONNX, unless ``runtime`` is "module"; any other predictor has a deployed runtime of
     its own and is returned as it is. Raises :class:`NotExportable`: when it does for a task's first model, the caller
-    measures every row of that task with ``runtime="module"``. ``export(predictor, example_input, predictor)`` may be a
-    function that remembers.
+    measures every row of that task with ``runtime="module"``. ``export(predictor, None, task)`` may be a function
+    that remembers.
     """
     if runtime == "module" or not isinstance(predictor, ModulePredictor):
         return predictor
-    return export(predictor, task.example_input(), predictor)
+    return export(predictor, None, task)
 
 
 def _none(unit: str, reason: str, better: Literal["lower", "higher", ""] = "lower") -> Figure:

@@ -90,7 +90,12 @@ class Task(ABC):
 
     @abstractmethod
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
-        """Positional model inputs of the right shapes and dtypes (a tuple of pytrees), for export and timing."""
+        """Positional model inputs of the right shapes and dtypes (a tuple of pytrees), for export and timing.
+
+        Exports are checked on them: they are as varied as real inputs, and the same on every call. Sizes that differ
+        between two batch sizes are free in an exported model: usually the first alone. A task on texts lets the length
+        differ as well, one on graphs the number of nodes.
+        """
 
     @abstractmethod
     def default_model(self) -> nn.Module:

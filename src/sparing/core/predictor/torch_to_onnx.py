@@ -50,9 +50,10 @@ def export(
 ) -> OnnxPredictor:
     """Export a torch module, or a module predictor, to ONNX.
 
-    ``example`` is a tuple of model inputs whose first dimension is the batch, of size 2 or more (default: the task's);
-    trees of tensors are flattened to positional graph inputs. The outputs are compared with the module's on the example
-    and on another batch size; the largest difference is kept in ``origin["max_abs_diff"]``.
+    Without ``example`` the task's inputs for batches of 2 and of 3 are the examples, and the sizes in which they differ
+    are free in the graph: the batch, the length of texts, the number of nodes … ``example`` is a tuple of model inputs
+    whose first dimension is the batch and alone is free. Trees of tensors are flattened to positional graph inputs. The
+    outputs are compared with the module's on both examples; the largest difference is in ``origin["max_abs_diff"]``.
 
     Raises :class:`NotExportable` naming the operator or the output that stands in the way.
     """
@@ -62,17 +63,22 @@ def export(
         raise NotExportable(f"a predictor of kind {model.kind!r} cannot be written as one ONNX graph")
     if isinstance(model, ModulePredictor):
         task = model.context if task is None else task
-        example = model.example if example is None else example
-    if example is None:
-        example = example_of(task, 2)
-    if example is None:
+    two, three = example_of(task, 2), example_of(task, 3)
+    if example is None and isinstance(model, ModulePredictor) and two is None:
+        example = model.example
+    if example is None and two is None:
         raise InvalidValue("exporting needs an example input: a tuple of model inputs, or a task that gives one")
+    if example is not None:
+        inputs = batched(example)
+        other = more(inputs)
+    else:
+        inputs, other = (tuple(map_leaves(_tensor, item) for item in made or ()) for made in (two, three))
     source = model if isinstance(model, ModulePredictor) else ModulePredictor(model, task, example=example)
     module = baked(source.model).cpu().eval()
-    inputs = batched(example)
     flat = [leaf for _, leaf in leaves(inputs)]
     paths = [path for path, _ in leaves(inputs)]
     expected = _run(module, inputs)
+    free = (_free(inputs, other), _free(expected, _run(module, other)))
     for path, leaf in leaves(expected):
         if not hasattr(leaf, "detach"):
             raise NotExportable(f"output {path or '0'} is a {type(leaf).__name__}; an ONNX graph gives tensors only")
@@ -85,7 +91,7 @@ def export(
         problems.append(f"Python reads a tensor's value while it runs ({read_at})")
     for exporter in (_torch_export,) if read_at else (_trace, _torch_export):
         try:
-            content = _tidy(exporter(wrapped, flat, *names))
+            content = _tidy(exporter(wrapped, flat, names, free))
             made = OnnxPredictor(
                 content,
                 source.context,
@@ -97,13 +103,31 @@ def export(
                 threads=threads,
             )
             made.origin["max_abs_diff"] = max(
-                difference(made, module, inputs, tolerance), difference(made, module, more(inputs), tolerance)
+                difference(made, module, inputs, tolerance), difference(made, module, other, tolerance)
             )
             made.attachments = dict(source.attachments)
             return made
         except Exception as error:  # exporters raise anything; the last reason is reported below
             problems.append(f"{exporter.__name__.strip('_')}: {reason(error)}")
     raise NotExportable(f"{type(source.model).__name__} cannot be written as ONNX. " + " | ".join(problems))
+
+
+def _free(one: Any, other: Any) -> list[list[int]]:
+    """For each leaf the dimensions whose sizes differ between two examples."""
+    pairs = zip((leaf for _, leaf in leaves(one)), (leaf for _, leaf in leaves(other)), strict=True)
+    found = []
+    for position, (a, b) in enumerate(pairs):
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in (a, b)]
+        if len(shapes[0]) != len(shapes[1]):
+            raise NotExportable(f"input or output {position} has shape {shapes[0]} once and {shapes[1]} then")
+        found.append([axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if sizes[0] != sizes[1]])
+    return found
+
+
+Names = tuple[list[str], list[str]]
+"""Of the graph's inputs and outputs."""
+Free = tuple[list[list[int]], list[list[int]]]
+"""The dimensions of each input and output whose size is free."""
 
 
 def batched(example: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -170,7 +194,7 @@ def _flat_module(module: nn.Module, shape: Any) -> nn.Module:
     return Flat().eval()
 
 
-def _trace(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], outputs: list[str]) -> bytes:
+def _trace(module: nn.Module, flat: Sequence[Tensor], names: Names, free: Free) -> bytes:
     import torch
 
     buffer = io.BytesIO()
@@ -182,26 +206,31 @@ def _trace(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], outputs
             buffer,  # type: ignore[arg-type]  # the tracing exporter takes a buffer
             dynamo=False,
             opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes={name: {0: "batch"} for name in (*inputs, *outputs)},
+            input_names=names[0],
+            output_names=names[1],
+            dynamic_axes={
+                name: {axis: "batch" if axis == 0 else f"{name}_{axis}" for axis in axes}
+                for name, axes in zip([*names[0], *names[1]], [*free[0], *free[1]], strict=True)
+            },
         )
     return buffer.getvalue()
 
 
-def _torch_export(module: nn.Module, flat: Sequence[Tensor], inputs: list[str], outputs: list[str]) -> bytes:
+def _torch_export(module: nn.Module, flat: Sequence[Tensor], names: Names, free: Free) -> bytes:
     import torch
 
-    batch = torch.export.Dim("batch")
+    # one size in common for all first dimensions is the batch; how others hang together the exporter finds out
+    plain = all(axes == [0] for axes in free[0]) and len({leaf.shape[0] for leaf in flat}) == 1
+    size: Any = torch.export.Dim("batch") if plain else torch.export.Dim.AUTO
     with quiet():
         program = torch.onnx.export(
             module,
             tuple(flat),
             dynamo=True,
             opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=(tuple({0: batch} for _ in flat),),
+            input_names=names[0],
+            output_names=names[1],
+            dynamic_shapes=(tuple(dict.fromkeys(axes, size) for axes in free[0]),),
             verbose=False,
         )
     assert program is not None
