@@ -603,8 +603,7 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
         before.notes.remarks.append("this row and those after it are not kept: the step has no fingerprint")
     with isolated_rng("step", job.seed, step.id):
         after = step.apply(before)
-    if not isinstance(after, Job):
-        raise SparingError(f"step {step.name!r} returned {type(after).__name__}; apply must return a Job")
+    _check_result(step, job, after)
     capabilities = after.capabilities
     if after.task is not job.task:
         if problem := _same_name(job.task, after.task):
@@ -625,6 +624,22 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
 def _store_of(job: Job, step: Step) -> BoundStore:
     """The store as this step sees it; how rows are measured is in the key only where the step chooses by it."""
     return job.store.child("step", step, asdict(job.meter) if step.by_clock and job.meter else None)
+
+
+def _check_result(step: Step, before: Job, after: Any) -> None:
+    """Refuse what a later step would misunderstand: mistakes of a step's author."""
+    if not isinstance(after, Job):
+        raise SparingError(f"step {step.name!r} returned {type(after).__name__}; apply must return a Job")
+    if before.predictor is not None and after.predictor is before.predictor and after.model is not before.model:
+        raise SparingError(
+            f"step {step.name!r} changed the model and left the predictor of the old one: replace both, with "
+            "predictor=ModulePredictor(model, job.task), or with predictor=None for a model that must be trained first"
+        )
+    if after.training != before.training and not after.training.empty and "training" not in step.promises:
+        raise SparingError(
+            f"step {step.name!r} adds to the training plan, so a training must follow: declare "
+            "promises = frozenset({'training'})"
+        )
 
 
 def _finish(job: Job, after: Job, step: Step | None, test: Any) -> tuple[Job, Row, np.ndarray | None]:
