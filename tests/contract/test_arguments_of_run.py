@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,33 @@ def test_a_model_that_looks_at_values_while_it_is_built_is_planned_all_the_same(
             return torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Dropout(torch.linspace(0, 0.1, 3)[1].item()))
 
     assert go(Looking(), TRAIN)(tmp_path).ledger.ids == ("train",)
+
+
+class Odd(Points):
+    """Points with something wrong about them."""
+
+    def __init__(self, **changes) -> None:
+        super().__init__()
+        self.changes = changes
+        self.name = changes.get("name", "odd")
+        self.metrics = changes.get("metrics", Points.metrics)
+
+    def splits(self, root):
+        parts = {name: value for name, value in self.changes.items() if name in ("train", "val", "calibration", "test")}
+        return dataclasses.replace(super().splits(root), **parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"val": []}, sparing.DataError, "task 'odd': val is empty; at least one item is needed"),
+        ({"test": None}, sparing.DataError, "task 'odd': test is missing; a data set with __len__ and __getitem__"),
+        ({"calibration": iter([1])}, sparing.DataError, "task 'odd': calibration is a list_iterator"),
+        ({"name": ""}, sparing.RecipeError, "task Odd: name = ''; a text is needed"),
+        ({"metrics": ()}, sparing.RecipeError, "task odd: it declares no metrics"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_task_lacks_is_told_before_anything_runs(changes, error, message):
+    with pytest.raises(error, match=message):
+        sparing.run(task=Odd(**changes), steps=[sparing.Train(epochs=10_000)], meter=METER)

@@ -13,6 +13,7 @@ import numpy as np
 
 from sparing.core import files
 from sparing.core.errors import (
+    DataError,
     IncompatibleStep,
     InvalidValue,
     NotExportable,
@@ -134,14 +135,38 @@ def _cut(recipe: Recipe, until: str | None, problems: list[str]) -> Recipe:
 
 
 def _task(recipe: Recipe, problems: list[str]) -> Task | None:
-    if not isinstance(recipe.task, PartRef):
-        return recipe.task
     ref = recipe.task
-    try:
-        return resolve("tasks", ref.name)(**ref.fields)
-    except (TypeError, SparingError) as error:
-        problems.append(f"{ref.place}: task {ref.name}: {error}")
-        return None
+    if isinstance(ref, PartRef):
+        try:
+            task = resolve("tasks", ref.name)(**ref.fields)
+        except (TypeError, SparingError) as error:
+            problems.append(f"{ref.place}: task {ref.name}: {error}")
+            return None
+    else:
+        task = ref
+    name = getattr(task, "name", None)
+    if not isinstance(name, str) or not name:
+        problems.append(f"{recipe.name}: task {type(task).__qualname__}: name = {shown(name)}; a text is needed")
+    elif not getattr(task, "metrics", ()):
+        problems.append(
+            f"{recipe.name}: task {name}: it declares no metrics; one or more are needed, the headline first"
+        )
+    else:
+        return task
+    return None
+
+
+def _splits(task: Task, root: Path | None) -> Splits:
+    """The task's data: four data sets that hold something."""
+    splits = task.splits(root)
+    for part in ("train", "val", "calibration", "test"):
+        dataset: Any = getattr(splits, part, None)
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            found = "missing" if dataset is None else f"a {type(dataset).__name__}"
+            raise DataError(f"task {task.name!r}: {part} is {found}; a data set with __len__ and __getitem__ is needed")
+        if len(dataset) == 0:
+            raise DataError(f"task {task.name!r}: {part} is empty; at least one item is needed")
+    return splits
 
 
 def _meter(recipe: Recipe, problems: list[str]) -> Meter | None:
@@ -499,7 +524,7 @@ def _start(
     """The job before the first step, the test split, and remarks for the ledger."""
     from sparing.core.predictor import ModulePredictor, load
 
-    splits = task.splits(root)
+    splits = _splits(task, root)
     predictor: Predictor | None = None
     if isinstance(recipe.model, Path):
         predictor = load(recipe.model, recipe.trust)
@@ -609,7 +634,7 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
         if problem := _same_name(job.task, after.task):
             raise IncompatibleStep(f"{step.id!r} {problem}")
         capabilities = (capabilities - job.task.capabilities) | after.task.capabilities
-        splits = after.task.splits(after.root)
+        splits = _splits(after.task, after.root)
         moved, data_key = bound.child("data", type(after.task), after.task, splits), ""
         if moved.store is not None:
             data_key = fingerprint([after.task, splits])
