@@ -148,9 +148,7 @@ def _task(recipe: Recipe, problems: list[str]) -> Task | None:
     if not isinstance(name, str) or not name:
         problems.append(f"{recipe.name}: task {type(task).__qualname__}: name = {shown(name)}; a text is needed")
     elif not getattr(task, "metrics", ()):
-        problems.append(
-            f"{recipe.name}: task {name}: it declares no metrics; the headline at least is needed"
-        )
+        problems.append(f"{recipe.name}: task {name}: it declares no metrics; the headline at least is needed")
     else:
         return task
     return None
