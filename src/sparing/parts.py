@@ -31,6 +31,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.folder:ImageFolder",
             "Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.",
         ),
+        "sign_digits": Part(
+            "sparing.tasks.images.sign_digits:SignDigits",
+            "Sign-language digits: colour photographs of hands, 64×64, 10 classes, no person in two splits (Mavi 2020).",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),

@@ -86,12 +86,13 @@ TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
+    "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
     ),
 }
 """Name → (data folder, scratch folder) → case."""
-NEEDS_DATA = frozenset({"fashion_mnist", "cifar10"})
+NEEDS_DATA = frozenset({"fashion_mnist", "cifar10", "sign_digits"})
 
 
 def registered_task(name: str, **fields):

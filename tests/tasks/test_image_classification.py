@@ -306,3 +306,19 @@ def test_real_photographs_in_a_zip(data_root: Path) -> None:
         with Image.open(io.BytesIO(archive.read(name))) as image:
             whole = np.asarray(image.convert("RGB"))
     np.testing.assert_array_equal(task.preprocessing([whole])[0], splits.test[0][0].numpy())
+
+
+def test_sign_digits_are_split_by_person(data_root):
+    task = registry.resolve("tasks", "sign_digits")()
+    parts = task.splits(data_root)
+    assert [len(parts.train) + len(parts.calibration), len(parts.val), len(parts.test)] == [1456, 203, 403]
+    names = np.array(task.tree.files.names)
+    people = {part: {name.split("/")[-1].split("_")[0] for name in names[getattr(parts, part).rows]} for part in PARTS}
+    for part in ("val", "test"):
+        assert not people[part] & people["train"]
+    assert task.labels == tuple("0123456789")
+
+
+def test_sign_digits_that_are_missing_are_asked_for_with_the_place(tmp_path):
+    with pytest.raises(DataError, match=r"sign_digits_64\.zip is missing.*ardamavi.*image_folder"):
+        registry.resolve("tasks", "sign_digits")().splits(tmp_path)
