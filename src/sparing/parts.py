@@ -33,7 +33,7 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "sign_digits": Part(
             "sparing.tasks.images.sign_digits:SignDigits",
-            "Sign-language digits: colour photographs of hands, 64×64, 10 classes, no person in two splits (Mavi 2020).",
+            "Sign-language digits: colour photographs of hands, 64×64, 10 classes, people disjoint (Mavi 2020).",
         ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."

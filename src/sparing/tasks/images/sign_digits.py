@@ -12,7 +12,7 @@ ARCHIVE = "sign_digits/sign_digits_64.zip"
 
 
 class SignDigits(ImageFolder):
-    """Sign-language digits: colour photographs of hands, 64×64, 10 classes, no person in two splits (Mavi 2020).
+    """Sign-language digits: colour photographs of hands, 64×64, 10 classes, people disjoint (Mavi 2020).
 
     The 2,062 photographs of the Sign Language Digits Dataset (arXiv 2011.08927, Apache-2.0), read from
     ``sign_digits/sign_digits_64.zip`` under the data root: ``train|val|test/DIGIT/*.jpg`` with 1,456, 203 and 403
