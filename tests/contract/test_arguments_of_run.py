@@ -10,6 +10,7 @@ import torch
 from harness import METER, Net, Points, go
 
 import sparing
+from sparing.core.pipeline import begin
 from sparing.core.store import Store
 
 TRAIN = sparing.Train(epochs=1, batch_size=32)
@@ -22,7 +23,8 @@ TRAIN = sparing.Train(epochs=1, batch_size=32)
         ({"steps": []}, "a task and at least one step"),
         ({"steps": TRAIN}, r"steps = Train\(.*: a list of steps is needed"),
         ({"steps": [TRAIN, "quantize"]}, "steps holds 'quantize', which is no Step"),
-        ({"task": Points}, "task = <class 'harness.Points'>: a registered task's name or a Task object"),
+        ({"task": Points}, "task = <class 'harness.Points'>: a registered task's name, .* or a Task object"),
+        ({"model": {"widths": [8]}}, r"model = \{'widths': \[8\]\}: the key 'name' is needed"),
         ({"model": Net}, "model = <class 'harness.Net'>: an nn.Module object"),
         ({"recipe": "quickstart"}, "run takes a recipe, or task"),
         ({"seeds": 0}, "seeds = 0: how many"),
@@ -45,6 +47,7 @@ def test_wrong_arguments_are_told(arguments, message, store_folder):
     [
         ({"task": "digit"}, r"unknown task 'digit'\. Did you mean 'digits'\?"),
         ({"model": "convnett"}, r"unknown model 'convnett'\. Did you mean 'convnet'\?"),
+        ({"model": {"name": "convnet", "width": 3}}, "the model 'convnet' has no field 'width'"),
         ({"model": Path("nowhere")}, "nowhere is missing"),
         ({"meter": {"thread": 1}}, r"meter: unknown field 'thread'\. Did you mean 'threads'\?"),
     ],
@@ -54,6 +57,12 @@ def test_names_and_fields_are_told_by_planning_and_nothing_else_is(arguments, me
     with pytest.raises(sparing.RecipeError, match=message) as caught:
         sparing.run(**{"task": Points(), "steps": [TRAIN], "meter": METER} | arguments)
     assert len(caught.value.problems) == 1
+
+
+def test_a_model_is_given_by_name_and_fields_as_in_a_recipe():
+    task, model = {"name": "digits"}, {"name": "mlp", "widths": [5]}
+    job = begin(task, model, meter=METER)
+    assert [p.shape[0] for name, p in job.model.named_parameters() if name.endswith("weight")] == [5, 10]
 
 
 def test_a_folder_with_other_files_where_the_model_would_go_is_refused_before_the_work(tmp_path, store_folder):

@@ -343,8 +343,8 @@ class Run:
 def run(
     recipe: Recipe | str | Path | None = None,
     *,
-    task: Task | str | None = None,
-    model: nn.Module | str | Path | None = None,
+    task: Task | str | Mapping[str, Any] | None = None,
+    model: nn.Module | str | Path | Mapping[str, Any] | None = None,
     steps: Iterable[Step] = (),
     trained: bool = False,
     meter: Mapping[str, Any] | None = None,
@@ -359,7 +359,7 @@ def run(
     """Run a recipe and measure a row after every step.
 
     Either a ``recipe`` (object, file or packaged name), or ``task`` and ``steps`` (and ``model``: a module, a
-    registered name or a saved model's folder; ``trained=True`` when a given module needs no training). ``seeds``: how
+    registered name, ``{"name": …, field: value}`` or a saved model's folder; ``trained=True`` when a given module needs no training). ``seeds``: how
     many, counted from the recipe's, or which. With ``out``, ledger, outcomes, recipe and the last row's model are
     written there, the ledger after every row. Raises :class:`RecipeError` with every problem before anything is
     computed.
@@ -407,8 +407,8 @@ def run(
 
 
 def begin(
-    task: Task | str,
-    model: nn.Module | str | Path | None = None,
+    task: Task | str | Mapping[str, Any],
+    model: nn.Module | str | Path | Mapping[str, Any] | None = None,
     *,
     trained: bool = False,
     seed: int = 0,
@@ -471,8 +471,8 @@ def _save_model(predictor: Predictor, folder: Path, ledger: Ledger, seed: int) -
 
 def _recipe_of(
     recipe: Recipe | str | Path | None,
-    task: Task | str | None,
-    model: nn.Module | str | Path | None,
+    task: Task | str | Mapping[str, Any] | None,
+    model: nn.Module | str | Path | Mapping[str, Any] | None,
     steps: Iterable[Step],
     trained: bool,
     meter: Mapping[str, Any] | None,
@@ -493,8 +493,8 @@ def _recipe_of(
 
 
 def _live_recipe(
-    task: Task | str,
-    model: nn.Module | str | Path | None,
+    task: Task | str | Mapping[str, Any],
+    model: nn.Module | str | Path | Mapping[str, Any] | None,
     steps: Sequence[Step],
     trained: bool,
     meter: Mapping[str, Any] | None,
@@ -503,17 +503,33 @@ def _live_recipe(
 
     from sparing.core.task import Task
 
-    if not isinstance(task, Task | str):
-        raise InvalidValue(f"task = {shown(task)}: a registered task's name or a Task object is needed")
-    if not isinstance(model, nn.Module | str | Path | None):
+    if not isinstance(task, Task | str | Mapping):
         raise InvalidValue(
-            f"model = {shown(model)}: an nn.Module object, a registered model's name or a saved folder is needed"
+            f"task = {shown(task)}: a registered task's name, {{name: …, field: value}} or a Task object is needed"
+        )
+    if not isinstance(model, nn.Module | str | Path | Mapping | None):
+        raise InvalidValue(
+            f"model = {shown(model)}: an nn.Module object, a registered model's name, {{name: …, field: value}} or a "
+            "saved folder is needed"
         )
     if isinstance(model, str) and model not in parts("models") and (Path(model) / "sparing.json").is_file():
         model = Path(model)
-    part = PartRef(task, place="task") if isinstance(task, str) else task
-    given: Any = PartRef(model, place="model") if isinstance(model, str) else model
+    part: Any = _named("task", task)
+    given: Any = _named("model", model)
     return Recipe(part, steps, given, trained or isinstance(model, Path), meter=dict(meter or {}))
+
+
+def _named(what: str, part: Any) -> Any:
+    """A name, or a mapping of a name and fields, as a reference; live objects as they are."""
+    if isinstance(part, str):
+        return PartRef(part, place=what)
+    if not isinstance(part, Mapping):
+        return part
+    fields = dict(part)
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise InvalidValue(f"{what} = {shown(part)}: the key 'name' is needed")
+    return PartRef(name, fields, place=what)
 
 
 def _start(
