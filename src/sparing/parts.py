@@ -35,6 +35,14 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.sign_digits:SignDigits",
             "Sign-language digits: colour photographs of hands, 64×64, 10 classes, people disjoint (Mavi 2020).",
         ),
+        "cora": Part(
+            "sparing.tasks.graphs.published:Cora",
+            "Cora: papers on machine learning and their citations, 7 subjects (split of Yang et al. 2016).",
+        ),
+        "citeseer": Part(
+            "sparing.tasks.graphs.published:Citeseer",
+            "Citeseer: papers on computer science and their citations, 6 subjects (split of Yang et al. 2016).",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),
@@ -66,7 +74,13 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.convnet:ConvNet",
             "Plain ReLU convolutional network: stages at halving resolution, then a linear layer.",
         ),
+        "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
+        "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
+        "sage": Part(
+            "sparing.models.gnn:GraphSAGE",
+            "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
+        ),
     },
     "predictors": {
         "module": Part(

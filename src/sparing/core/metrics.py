@@ -62,6 +62,16 @@ def accuracy_by_class(
         return np.bincount(targets, weights=outcome, minlength=classes) / counts
 
 
+def macro_f1(predicted: Integer[ndarray, " n"], targets: Integer[ndarray, " n"], classes: int) -> float:
+    """Unweighted mean over classes of F1 = 2·TP / (2·TP + FP + FN), for predictions and targets (N,).
+
+    Classes that occur neither among predictions nor among targets take no part.
+    """
+    hits = np.bincount(targets[predicted == targets], minlength=classes)
+    counts = np.bincount(predicted, minlength=classes) + np.bincount(targets, minlength=classes)
+    return float((2 * hits[counts > 0] / counts[counts > 0]).mean())
+
+
 def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> Evaluation:
     """Accuracy (headline), worst class's accuracy, calibration error and likelihood of logits (N, C) for targets (N,).
 

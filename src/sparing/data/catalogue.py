@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ from sparing.core.errors import SparingError, UnknownName, did_you_mean
 from sparing.core.files import sha256_of
 from sparing.data.cifar import CIFAR10, read_cifar10
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
+from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
 
 Reader = Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]
-"""(data root, train?) → (images uint8 (N, H, W, C), labels (N,))."""
+"""(data root, train?) → (images uint8 (N, H, W, C), or numbers of nodes (N,), labels (N,))."""
 
 READERS: dict[str, tuple[Source, Reader]] = {
     FASHION_MNIST.name: (FASHION_MNIST, read_fashion_mnist),
     CIFAR10.name: (CIFAR10, read_cifar10),
+    **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
 }
 
 
@@ -32,7 +35,7 @@ class Listed:
     licence: str
     folder: str
     present: bool
-    """Whether its folder is there and holds a file; ``check`` reads it."""
+    """Whether its file, or a folder with anything in it, is there; ``check`` reads it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,8 @@ def listing(root: Path | str | None = None) -> list[Listed]:
     base = data_root(root)
     lines = []
     for source, _ in READERS.values():
-        folder = source.folder(base)
-        present = folder.is_dir() and any(folder.iterdir())
-        lines.append(Listed(source.name, source.summary, source.licence, str(folder), present))
+        folder = str(source.folder(base))
+        lines.append(Listed(source.name, source.summary, source.licence, folder, source.present(base)))
     return lines
 
 
@@ -82,6 +84,8 @@ def check(name: str, root: Path | str | None = None) -> Checked:
         if path.is_file():
             digest = sha256_of(path)
             files[file.name] = "as published" if digest == file.sha256 else f"readable, SHA-256 {digest}"
+    if source.place:
+        files[source.path(base).name] = f"readable, SHA-256 {sha256_of(source.path(base))}"
     return Checked(name, True, splits, files)
 
 

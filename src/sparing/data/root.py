@@ -45,10 +45,31 @@ class Source:
     licence: str
     homepage: str
     files: tuple[RemoteFile, ...]
+    """What can be downloaded; nothing, where the published form is one that Sparing does not read."""
+    place: str = ""
+    """The one file that is read, below the data root; "": a folder of this set's name."""
+    made: str = ""
+    """How that file comes to be, where nothing can be downloaded; ``{path}`` stands for where it belongs."""
+
+    def path(self, root: Path) -> Path:
+        """The file or folder that is read."""
+        return root / (self.place or self.name)
 
     def folder(self, root: Path) -> Path:
-        """Where this set lies under the data root."""
-        return root / self.name
+        """The folder this set lies in."""
+        return self.path(root).parent if self.place else self.path(root)
+
+    def present(self, root: Path) -> bool:
+        """Whether its file, or its folder and anything in it, is there."""
+        path = self.path(root)
+        return path.is_file() if self.place else path.is_dir() and any(path.iterdir())
+
+    def how_to_place(self, root: Path) -> str:
+        """What to place where, for a set that cannot be downloaded."""
+        return (
+            f"Place it there, or point SPARING_DATA at a folder that holds {self.place}. "
+            f"{self.made.format(path=self.path(root))}"
+        )
 
 
 def data_root(given: Path | str | None = None) -> Path:
@@ -82,6 +103,10 @@ def how_to_get(source: Source, file: RemoteFile, root: Path) -> str:
 
 def fetch_files(source: Source, root: Path) -> list[Path]:
     """Download what is missing of a set; files that are there are left alone. Returns the paths of all files."""
+    if not source.files:
+        if source.present(root):
+            return [source.path(root)]
+        raise DataError(f"{source.path(root)} cannot be downloaded. {source.how_to_place(root)}")
     paths = []
     for file in source.files:
         path = source.folder(root) / file.name

@@ -57,8 +57,10 @@ def grow(shape: Any, flat: list[Any]) -> Any:
 
 
 def to_numpy(leaf: Any) -> Any:
-    """A torch tensor as an array on the CPU (bfloat16 as float32); arrays and anything else unchanged."""
+    """A torch tensor as an array on the CPU (bfloat16 as float32, sparse as dense); anything else unchanged."""
     if not hasattr(leaf, "detach"):
         return leaf
     tensor = leaf.detach().cpu()
+    if str(tensor.layout) != "torch.strided":
+        tensor = tensor.to_dense()
     return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)

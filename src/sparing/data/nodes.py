@@ -1,0 +1,63 @@
+"""Some nodes of one graph with their labels, as a data set: every node sees the whole graph, and no other's label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparing.core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NodeItem = tuple["Tensor", "Tensor", "Tensor", "Tensor"]
+"""(x (N, F), edge_index (2, E), number of the node (), its label ()); of a batch (…, …, (n,), (n,))."""
+
+
+class NodeSet:
+    """The nodes of one split: a map-style data set whose items are :data:`NodeItem`.
+
+    It holds the graph, and the labels of its own nodes only: training on one split cannot reach a label of another.
+
+    Args:
+        x: features of all nodes, float (N, F), dense or sparse COO.
+        edge_index: source and target of each edge, int64 (2, E).
+        nodes: numbers of this split's nodes, int64 (n,).
+        labels: their classes, int64 (n,).
+    """
+
+    def __init__(self, x: Tensor, edge_index: Tensor, nodes: Tensor, labels: Tensor) -> None:
+        if x.ndim != 2 or edge_index.ndim != 2 or len(edge_index) != 2:
+            raise DataError(
+                f"x of shape {tuple(x.shape)} and edge_index of shape {tuple(edge_index.shape)}; (N, F) and (2, E) are "
+                "expected"
+            )
+        if nodes.ndim != 1 or labels.shape != nodes.shape:
+            raise DataError(
+                f"{tuple(nodes.shape)} nodes and {tuple(labels.shape)} labels; one label for each node is expected"
+            )
+        for name, numbers in (("edge_index", edge_index), ("nodes", nodes)):
+            if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(x):
+                raise DataError(
+                    f"{name} holds {int(numbers.min())} … {int(numbers.max())}; x has the nodes 0 … {len(x) - 1}"
+                )
+        self.x, self.edge_index, self.nodes, self.labels = x, edge_index, nodes, labels
+
+    def __len__(self) -> int:
+        """Nodes in the split, n."""
+        return len(self.nodes)
+
+    def __getitem__(self, index: int) -> NodeItem:
+        return self.x, self.edge_index, self.nodes[index], self.labels[index]
+
+    def fingerprint(self) -> list[Any]:
+        """The graph, the nodes and their labels."""
+        return [self.x, self.edge_index, self.nodes, self.labels]
+
+
+def join_nodes(items: Sequence[NodeItem]) -> NodeItem:
+    """Items of one :class:`NodeSet` → a batch: the graph once, nodes (n,) and labels (n,)."""
+    import torch
+
+    x, edge_index = items[0][:2]
+    return x, edge_index, torch.stack([item[2] for item in items]), torch.stack([item[3] for item in items])
