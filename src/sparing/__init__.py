@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from sparing.core.task import Task
     from sparing.core.training import Train
     from sparing.core.transfer import Transfer
+    from sparing.data.augmentation import Augment
     from sparing.distillation.logits import Distil
+    from sparing.optimization.schedules import WarmupCosine
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.images import ImageClassification
 
@@ -66,13 +68,16 @@ _HOMES = {
     "sparing.core.task": ("Task",),
     "sparing.core.training": ("Train",),
     "sparing.core.transfer": ("Transfer",),
+    "sparing.data.augmentation": ("Augment",),
     "sparing.distillation.logits": ("Distil",),
+    "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.images": ("ImageClassification",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Augment",
     "CorruptFile",
     "CustomTask",
     "DataError",
@@ -97,6 +102,7 @@ __all__ = [
     "Transfer",
     "UnknownName",
     "UntrustedCode",
+    "WarmupCosine",
     "__version__",
     "build_model",
     "load",

@@ -48,6 +48,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "steps": {
+        "augment": Part(
+            "sparing.data.augmentation:Augment",
+            "Change the training images at random whenever they are read: crops, colours, RandAugment.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
@@ -67,6 +71,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "train": Part(
             "sparing.core.training.step:Train",
             "Train the model on the task's training data with an optimizer and schedule of torch, by Lightning.",
+        ),
+        "warmup_cosine": Part(
+            "sparing.optimization.schedules:WarmupCosine",
+            "Warm the learning rate of the next training up from near zero, then let it fall along a cosine.",
         ),
     },
     "models": {

@@ -10,10 +10,14 @@ from torch import nn
 
 import sparing
 from sparing.core.predictor import build_model
+from sparing.core.predictor.preprocessing import Preprocessing
+from sparing.data.images import LabelledImages
+from sparing.data.preprocessing import ChannelsFirst, Decode, ToFloat
 from sparing.tasks.images.digits import Digits
-from sparing.testing import ModelCase, StepCase, TaskCase, tiny_task
+from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, tiny_task
 
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
+LAST = sparing.Train(id="last", epochs=1, batch_size=16, lr=0.02)
 STUDENT = {"name": "convnet", "num_classes": 3, "image_size": 8, "widths": [4]}
 
 
@@ -26,6 +30,27 @@ def poolings() -> sparing.Task:
         model=lambda: build_model(Pools),
         loss=nn.functional.cross_entropy,
         labels="abc",
+    )
+
+
+def photographs() -> sparing.Task:
+    """Grey images of 8×8 pixels that are kept as uint8: what can be augmented."""
+    preprocessing = Preprocessing((Decode("L"), ChannelsFirst(), ToFloat()))
+
+    def part(count: int, seed: int) -> LabelledImages:
+        labels = np.arange(count) % 3
+        bright = np.arange(8)[None, :, None, None] // 3 == labels[:, None, None, None]
+        pixels = np.random.RandomState(seed).randint(0, 128, (count, 8, 8, 1)) + 127 * bright
+        return LabelledImages(pixels.astype(np.uint8), labels, preprocessing, "abc")
+
+    return sparing.CustomTask(
+        "photographs",
+        *(part(count, seed) for seed, count in enumerate((48, 30, 24, 24))),
+        model=lambda: build_model("convnet", num_classes=3, image_size=8, widths=[4, 8]),
+        loss=nn.functional.cross_entropy,
+        labels="abc",
+        preprocessing=preprocessing,
+        capabilities={"images"},
     )
 
 
@@ -64,6 +89,15 @@ STEPS = {
         sparing.Transfer(task="digits"),
         nothing=StepCase(sparing.Transfer(task="digits"), task=Digits, nothing="is the case"),
     ),
+    "augment": StepCase(
+        sparing.Augment(flip=0.5, randaugment=2),
+        after=(LAST,),
+        task=photographs,
+        nothing=StepCase(sparing.Augment(crop="off", jitter=0), task=photographs, nothing="is the case"),
+    ),
+    "warmup_cosine": StepCase(
+        sparing.WarmupCosine(warmup_share=0.25), after=(LAST,), nothing="every training has a learning rate"
+    ),
 }
 
 
@@ -84,6 +118,8 @@ def image_folder(place: Path) -> Path:
 
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
+    "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
+    "citeseer": lambda data, scratch: TaskCase(lambda: registered_task("citeseer"), data),
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
@@ -104,5 +140,8 @@ def registered_task(name: str, **fields):
 
 MODELS = {
     "convnet": ModelCase("convnet", Digits, {"widths": [4, 8]}),
+    "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
+    "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
+    "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
     "mlp": ModelCase("mlp", Digits, {"widths": [8], "dropout": 0.1}),
 }

@@ -17,6 +17,7 @@ from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, Recipe
 from sparing.core.fingerprint import fingerprint
 from sparing.core.ledger import Ledger
 from sparing.core.pipeline import advance, begin, run
+from sparing.core.randomness import isolated_rng
 from sparing.core.step import Stage, Step
 from sparing.core.store import Store
 from sparing.core.task import Splits, Task
@@ -158,7 +159,8 @@ def _look(job: Job) -> dict[str, Any]:
 
 
 def _content(dataset: Any) -> str:
-    return fingerprint([dataset[index] for index in range(len(dataset))])
+    with isolated_rng("content"):  # an augmented item differs with every draw
+        return fingerprint([dataset[index] for index in range(len(dataset))])
 
 
 def _payload(predictor: Any) -> dict[str, str]:
