@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import sparing
 from sparing.core.predictor import build_model
@@ -54,6 +55,35 @@ def photographs() -> sparing.Task:
     )
 
 
+def small_photos() -> sparing.Task:
+    """Colour images of 16×16 pixels: what networks that halve an image four times can work on."""
+    draw = torch.Generator().manual_seed(0)
+
+    def part(count: int) -> TensorDataset:
+        return TensorDataset(torch.randn(count, 3, 16, 16, generator=draw), torch.arange(count) % 3)
+
+    return sparing.CustomTask(
+        "small photos",
+        part(24),
+        part(12),
+        model=lambda: build_model("mobilenet", num_classes=3, image_size=16),
+        loss=nn.functional.cross_entropy,
+        labels="abc",
+        capabilities={"images"},
+    )
+
+
+NARROW = {
+    "depths": [1, 1, 2, 2],
+    "stem_dim": 4,
+    "embed_dims": [4, 6, 8, 8],
+    "dim_heads": [2, 2, 4, 4],
+    "window_sizes": [1, 1, 2, 1],
+    "norm_layers": ["bn_2d"] * 4,
+}
+"""Fields of an EMO for :func:`small_photos`."""
+
+
 class Pools(nn.Module):
     """The mean of an image times three numbers: nothing but reductions and products."""
 
@@ -74,6 +104,11 @@ STEPS = {
         sparing.Distil(teacher="first", model=STUDENT, epochs=2, batch_size=16, checkpoint_every_batches=1),
         before=(TRAIN,),
         nothing="training moves the weights",
+    ),
+    "leap": StepCase(
+        sparing.Leap(rho=0.5),
+        after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
+        nothing="any optimizer makes steps that can be perturbed; with rho = 0 it is the control, and says so",
     ),
     "quantize": StepCase(
         sparing.Quantize(goal="bytes", max_loss=1.0, samples=8),
@@ -128,7 +163,7 @@ TASKS = {
     ),
 }
 """Name → (data folder, scratch folder) → case."""
-NEEDS_DATA = frozenset({"fashion_mnist", "cifar10", "sign_digits"})
+NEEDS_DATA = frozenset({"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer"})
 
 
 def registered_task(name: str, **fields):
@@ -140,8 +175,11 @@ def registered_task(name: str, **fields):
 
 MODELS = {
     "convnet": ModelCase("convnet", Digits, {"widths": [4, 8]}),
+    "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
+    "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
+    "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mlp": ModelCase("mlp", Digits, {"widths": [8], "dropout": 0.1}),
 }

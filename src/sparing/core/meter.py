@@ -24,7 +24,7 @@ from sparing.core.energy import counter_missing, estimate_mj
 from sparing.core.errors import InvalidValue, SparingError, UntrustedCode
 from sparing.core.ledger import Figure
 from sparing.core.predictor import Description, ModulePredictor, Predictor, to_onnx
-from sparing.core.predictor.tree import map_leaves, to_numpy
+from sparing.core.predictor.tree import leaves, map_leaves, to_numpy
 from sparing.core.probe import Probe, probe
 from sparing.core.statistics import group_gap, units_interval
 from sparing.core.step import field_problems
@@ -124,7 +124,7 @@ class Meter:
             folder, refused = _saved(predictor, Path(scratch) / "model")
             found, missing = self._probe(folder, refused, inputs, predictor.runtime)
             figures |= _sizes(description, folder, refused)
-            figures |= _speed(timings, self.batch, self.threads, predictor)
+            figures |= _speed(timings, self.batch, self._together(task), self.threads, predictor)
             figures |= _memory(found, missing)
             figures[columns.ENERGY] = self._energy(description, found, missing)
         return figures
@@ -170,6 +170,16 @@ class Meter:
             calls["raw"] = partial(predictor.predict, raw)
         calls["batch"] = partial(predictor, *map_leaves(to_numpy, task.example_input(self.batch)))
         return self._clock(calls)
+
+    def _together(self, task: Examples) -> int:
+        """Samples in the throughput's batch: as for multiply-accumulates, the first dimension of the first input.
+
+        It is more than the batch where one input holds many samples, as a graph holds nodes.
+        """
+        first = next(
+            (leaf.shape[0] for _, leaf in leaves(task.example_input(self.batch)) if getattr(leaf, "ndim", 0)), 0
+        )
+        return max(first, self.batch)
 
     def _probe(
         self, folder: Path | None, refused: str, inputs: tuple[Any, ...], runtime: str
@@ -309,7 +319,9 @@ def _sizes(description: Description, folder: Path | None, refused: str) -> dict[
     }
 
 
-def _speed(timings: Mapping[str, Timing], batch: int, threads: int, predictor: Predictor) -> dict[str, Figure]:
+def _speed(
+    timings: Mapping[str, Timing], batch: int, together: int, threads: int, predictor: Predictor
+) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     pairs = (("call", columns.P50, columns.P99), ("raw", columns.RAW_P50, columns.RAW_P99))
     for name, middle, tail in pairs:
@@ -325,9 +337,10 @@ def _speed(timings: Mapping[str, Timing], batch: int, threads: int, predictor: P
         else:
             figures[tail] = Figure(timing.p99 * 1e3, "ms", interval=_times(timing.p99_interval, 1e3), note=timing.note)
     timing = timings["batch"]
-    bounds = None if timing.interval is None else (batch / timing.interval[1], batch / timing.interval[0])
+    bounds = None if timing.interval is None else (together / timing.interval[1], together / timing.interval[0])
+    size = f"batch {batch}" if together == batch else f"{together} at once"
     figures[columns.THROUGHPUT] = Figure(
-        batch / timing.p50, "1/s", "measured", "higher", bounds, f"batch {batch}; {timing.note}"
+        together / timing.p50, "1/s", "measured", "higher", bounds, f"{size}; {timing.note}"
     )
     figures[columns.THREADS] = Figure(threads, "", "measured", "", note="threads of the runtime")
     return figures

@@ -13,7 +13,7 @@ import numpy as np
 from sparing.core.collation import batches_of
 from sparing.core.fingerprint import fingerprint
 from sparing.core.predictor import ModulePredictor
-from sparing.core.predictor.tree import leaves
+from sparing.core.predictor.tree import leaves, to_numpy
 from sparing.core.task import Evaluation, Splits, Task
 from sparing.testing.cases import flat, generators
 
@@ -104,9 +104,12 @@ def is_known_by_its_content(case: TaskCase, folder: Path) -> None:
 
 
 def its_example_fits_its_model(case: TaskCase, folder: Path) -> None:
-    """The example input has the batch asked for and the shape of real inputs; the default model takes it."""
+    """The example input has the batch asked for and the shape of real inputs; the default model takes it.
+
+    Sizes in which examples differ beyond the batch (lengths of texts, nodes of graphs) are free.
+    """
     batch = next(batches_of(Some(case.splits.train, 3), 3, case.task.collate))
-    example = case.task.example_input(3)
+    example, smaller = case.task.example_input(3), case.task.example_input(2)
     assert isinstance(example, tuple), "example_input gives the tuple of model inputs"
     real: list[Any] = []
 
@@ -115,16 +118,27 @@ def its_example_fits_its_model(case: TaskCase, folder: Path) -> None:
         return case.predictor(*inputs)
 
     outputs = flat(case.task.outputs(recorder, batch))  # type: ignore[arg-type]
-    shapes = [[np.shape(leaf) for leaf in flat(inputs)] for inputs in (real[0], example)]
+    shapes = [_fixed(tree, example, smaller) for tree in (real[0], example)]
     assert shapes[0] == shapes[1], f"real inputs have shapes {shapes[0]}, the example {shapes[1]}"
     types = [[str(leaf.dtype) for leaf in flat(inputs)] for inputs in (real[0], example)]
     assert types[0] == types[1], f"real inputs are {types[0]}, the example {types[1]}"
-    assert [leaf.shape for leaf in flat(case.predictor(*example))] == [leaf.shape for leaf in outputs]
+    answers = [case.predictor(*inputs) for inputs in (example, smaller)]
+    assert _fixed(outputs, *answers) == _fixed(answers[0], *answers)
     for leaf in flat(example):
         if leaf.dtype.kind == "f":
             assert leaf.size < 2 or np.ptp(leaf) > 0, "the example is constant: no export could be checked on it"
     again = case.task.example_input(3)
     assert all(np.array_equal(a, b) for a, b in zip(flat(example), flat(again), strict=True)), "differs on every call"
+
+
+def _fixed(tree: Any, of_three: Any, of_two: Any) -> list[tuple[int | None, ...]]:
+    """Shapes of a tree's leaves; None for a size that examples of two and three differ in, unless it is their batch."""
+    return [
+        tuple(size if a == b or (a, b) == (3, 2) else None for size, a, b in zip(np.shape(leaf), *sizes, strict=True))
+        for leaf, *sizes in zip(
+            flat(tree), *([np.shape(leaf) for leaf in flat(other)] for other in (of_three, of_two)), strict=True
+        )
+    ]
 
 
 def its_loss_is_reduced_as_it_says(case: TaskCase, folder: Path) -> None:
@@ -201,7 +215,7 @@ def its_items_are_sound(case: TaskCase, folder: Path) -> None:
         part = getattr(case.splits, name)
         for index in range(len(Some(part, 8))):
             for path, leaf in leaves(part[index]):
-                numbers = np.asarray(leaf)
+                numbers = np.asarray(to_numpy(leaf))
                 if numbers.dtype.kind == "f":
                     assert np.isfinite(numbers).all(), f"{name}[{index}] {path} is not finite"
         try:
