@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.distillation.logits import Distil
+    from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
+    from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
+    from sparing.optimization.leap_lightning import LEAPCallback
     from sparing.optimization.schedules import WarmupCosine
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.images import ImageClassification
@@ -70,6 +73,9 @@ _HOMES = {
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
     "sparing.distillation.logits": ("Distil",),
+    "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
+    "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
+    "sparing.optimization.leap_lightning": ("LEAPCallback",),
     "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.images": ("ImageClassification",),
@@ -77,6 +83,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "LEAP",
     "Augment",
     "CorruptFile",
     "CustomTask",
@@ -87,6 +94,8 @@ __all__ = [
     "IncompatibleStep",
     "InvalidValue",
     "Job",
+    "LEAPCallback",
+    "Leap",
     "Ledger",
     "MissingDependency",
     "NoEffect",
@@ -104,10 +113,15 @@ __all__ = [
     "UntrustedCode",
     "WarmupCosine",
     "__version__",
+    "apply_leap",
     "build_model",
+    "hessian_trace",
+    "leap_factor",
     "load",
+    "perturbation_flatness",
     "plan",
     "run",
+    "sharpness",
     "step",
 ]
 

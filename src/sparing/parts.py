@@ -60,6 +60,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.core.export:Export",
             "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
         ),
+        "leap": Part(
+            "sparing.optimization.leap:Leap",
+            "Multiply each parameter's learning rate in the next training by Gaussian noise of mean 1.",
+        ),
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
             "INT8 weights and activations through ONNX Runtime, kept only when they win.",
@@ -82,12 +86,24 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.convnet:ConvNet",
             "Plain ReLU convolutional network: stages at halving resolution, then a linear layer.",
         ),
+        "emo": Part(
+            "sparing.models.emo:EMO",
+            "EMO image backbone: five stages of inverted residual mobile blocks, then a linear layer (Zhang et al. 2023).",
+        ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
+        "mobilenet": Part(
+            "sparing.models.mobilenet:MobileNet",
+            "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear layer.",
+        ),
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
+        ),
+        "vit": Part(
+            "sparing.models.vit:ViT",
+            "Plain vision transformer: patches, learned positions, equal blocks, mean over tokens, linear layer.",
         ),
     },
     "predictors": {
