@@ -19,6 +19,21 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.student.model.widths=[4]",
         "steps.int8.max_loss=1",
     ),
+    "emo": ("steps.train.max_steps=2", "steps.int8.max_loss=1", "steps.int8.samples=16"),
+    "emo_small": (
+        "model.widths=[8]",
+        "steps.teacher.max_steps=2",
+        "steps.student.max_steps=2",
+        "steps.int8.max_loss=1",
+        "steps.int8.samples=16",
+    ),
+    "full/emo": (
+        "steps.train.max_steps=1",
+        "steps.train.batch_size=4",
+        "steps.train.precision=32-true",
+        "steps.train.devices=1",
+        "steps.train.workers=0",
+    ),
 }
 
 BRIEF_METER = ("meter.min_seconds=0", "meter.max_seconds=0.2", "meter.memory=false")

@@ -322,3 +322,16 @@ def test_sign_digits_are_split_by_person(data_root):
 def test_sign_digits_that_are_missing_are_asked_for_with_the_place(tmp_path):
     with pytest.raises(DataError, match=r"sign_digits_64\.zip is missing.*ardamavi.*image_folder"):
         registry.resolve("tasks", "sign_digits")().splits(tmp_path)
+
+
+def test_a_folder_of_images_is_cut_to_size_after_its_shorter_side_is_brought_to_resize(tmp_path):
+    rows = np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 10)  # 240 rows, each ten of one grey
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(6):
+            Image.fromarray(np.tile(rows[:, None], (1, 240))).save(tmp_path / label / f"{number}.png")
+    whole, middle = (ImageFolder(str(tmp_path), size=16, resize=resize, channels=1) for resize in (None, 32))
+    spread = {task: np.ptp(task.splits(None).train.pixels([0]).astype(int)) for task in (whole, middle)}
+    assert spread[middle] < 0.6 * spread[whole]
+    with pytest.raises(InvalidValue, match="resize = 8; at least size = 16"):
+        ImageFolder(str(tmp_path), size=16, resize=8)

@@ -97,10 +97,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Everything wrong is reported at once in a :class:`RecipeError`, each problem with file and line.
     """
-    path = Path(source)
+    path, known = Path(source), packaged()
     try:
         if not path.exists() and path.suffix not in {".yaml", ".yml"}:
-            known = packaged()
             if str(source) not in known:
                 raise UnknownName(
                     f"no recipe file or packaged recipe {shown(str(source))}.{did_you_mean(str(source), known)} "
@@ -113,13 +112,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             text = file.read(MAX_BYTES + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError([f"{path}: cannot be read as UTF-8 text: {error}"]) from None
-    return parse_recipe(text, name=path.stem, file=str(path), overrides=overrides)
+    name = next((name.replace("/", "-") for name, place in known.items() if place == path), path.stem)
+    return parse_recipe(text, name=name, file=str(path), overrides=overrides)
 
 
 def packaged() -> dict[str, Path]:
-    """The recipes that come with Sparing, by name."""
+    """The recipes that come with Sparing, by name; ``full/NAME`` are those of published sizes, for machines with GPUs."""
     folder = Path(__file__).parents[1] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def parse_recipe(text: str, name: str = "recipe", file: str = "<text>", overrides: Sequence[str] = ()) -> Recipe:

@@ -23,13 +23,14 @@ SAMPLE = 2000
 class ImageFolder(ImageClassification):
     """Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.
 
-    Images are decoded, their shorter side is brought to ``size``, and the centre is cut out. What a split lacks is cut
-    from the training images, the same on every run.
+    Images are decoded, their shorter side is brought to ``resize``, and the centre is cut out. What a split lacks is
+    cut from the training images, the same on every run.
 
     Args:
         path: the folder or zip file; a relative one is looked for from the working folder, then from the data root.
         size: height and width of model inputs in pixels.
         channels: 3 for colour, 1 for grey.
+        resize: pixels of the shorter side before the centre is cut out; None: ``size``, so that least is cut off.
         test_share: share of each class for the test split, when there is no test folder.
         val_share: share of each class for validation, when there is no val folder.
         calibration_share: share of each training class for calibration.
@@ -43,6 +44,7 @@ class ImageFolder(ImageClassification):
         path: str,
         size: int = 64,
         channels: int = 3,
+        resize: int | None = None,
         test_share: float = 0.2,
         val_share: float = 0.1,
         calibration_share: float = 0.05,
@@ -53,6 +55,8 @@ class ImageFolder(ImageClassification):
             raise InvalidValue(f"image_folder: size = {size!r}; a whole number in 4…2048 is expected")
         if isinstance(channels, bool) or channels not in (1, 3):
             raise InvalidValue(f"image_folder: channels = {channels!r}; 1 (grey) or 3 (colour) is expected")
+        if resize is not None and (isinstance(resize, bool) or not isinstance(resize, int) or resize < size):
+            raise InvalidValue(f"image_folder: resize = {resize!r}; at least size = {size}, or none, is expected")
         shares = {"test_share": test_share, "val_share": val_share, "calibration_share": calibration_share}
         for name, share in shares.items():
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
@@ -64,6 +68,7 @@ class ImageFolder(ImageClassification):
         self.path = str(path)
         self.name = f"image_folder:{Path(path).name}"
         self.image_size, self.in_channels = size, channels
+        self.resize = size if resize is None else resize
         self._shares = {name.removesuffix("_share"): float(share) for name, share in shares.items()}
         self._memory = memory_mb * 1e6
         self._root: Path | None = None
@@ -115,7 +120,7 @@ class ImageFolder(ImageClassification):
     def _geometry(self) -> tuple[Any, ...]:
         size = self.image_size
         mode = Decode("L" if self.in_channels == 1 else "RGB")
-        return (mode, ResizeShorter(size), CentreCrop(size, size))
+        return (mode, ResizeShorter(self.resize), CentreCrop(size, size))
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -140,7 +145,7 @@ class ImageFolder(ImageClassification):
 
     @property
     def preprocessing(self) -> Preprocessing:  # type: ignore[override]
-        """Decode, shorter side to ``size``, centre crop, scale to 0…1, normalise by the training pixels."""
+        """Decode, shorter side to ``resize``, centre crop, scale to 0…1, normalise by the training pixels."""
         return Preprocessing((*self._geometry(), ChannelsFirst(), ToFloat(self.full), Normalise(*self.normalisation)))
 
     def _images(self) -> ImageSource:

@@ -1,0 +1,192 @@
+"""Image classifiers in scikit-learn's manner: ``fit``, ``predict``, ``score``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
+
+from sparing.core.errors import DataError, InvalidValue
+from sparing.core.metrics import log_softmax
+from sparing.core.task import Splits
+from sparing.data.images import ArrayImages, LabelledImages, stratified_cut
+from sparing.tasks.images.classification import ImageClassification
+
+if TYPE_CHECKING:
+    from sparing.core.cost import CostReport
+    from sparing.core.predictor import Predictor
+    from sparing.core.step import Step
+
+
+class EMOClassifier(ClassifierMixin, BaseEstimator):
+    """An EMO network (Zhang et al. 2023) trained from scratch on images in memory, by EMO's own recipe.
+
+    Crops and colour jitter, label smoothing, AdamW without decay on gains and biases, warm-up into an unshifted cosine.
+    A fit that is killed goes on where it was when it is called again with the same data and settings.
+
+    Args:
+        variant: a size of :class:`sparing.models.emo.EMO`: "1M" … "6M", or one of the small ones.
+        epochs: passes over the training images.
+        lr: highest learning rate, for batches of ``batch_size``.
+        batch_size: images per step.
+        weight_decay: of AdamW.
+        label_smoothing: share of the target that is spread over all classes.
+        flip: probability of mirroring a training image; 0 for hands, digits and text.
+        val_share: share of each class held out to watch the training (``curves_``).
+        seed: decides weights, order and augmentation.
+        fields: further fields of the model, e.g. {"window_sizes": (8, 8, 4, 2)}.
+        store: where unfinished and finished work is kept; the user's cache folder by default.
+
+    Attributes:
+        classes_: the labels seen in ``fit``, sorted.
+        predictor_: the trained predictor: ``save`` it, or quantise it in a recipe.
+        curves_: name → [(optimizer steps, value)] of loss, learning rate and validation figures.
+    """
+
+    def __init__(
+        self,
+        variant: str = "1M",
+        epochs: int = 30,
+        lr: float = 2e-3,
+        batch_size: int = 64,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.1,
+        flip: float = 0.5,
+        val_share: float = 0.1,
+        seed: int = 0,
+        fields: Mapping[str, Any] | None = None,
+        store: Path | str | None = None,
+    ) -> None:
+        self.variant = variant
+        self.epochs = epochs
+        self.lr = lr
+        self.batch_size = batch_size
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.flip = flip
+        self.val_share = val_share
+        self.seed = seed
+        self.fields = fields
+        self.store = store
+
+    def fit(self, X: Any, y: Sequence[Any] | np.ndarray) -> EMOClassifier:
+        """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3), n ≥ 20, with a label each of at least two classes."""
+        from sparing.core.pipeline import begin
+
+        images, labels = _images(X), np.asarray(y)
+        if labels.shape != (len(images),):
+            raise DataError(f"fit: {len(images)} images and labels of shape {labels.shape}; one label each is expected")
+        classes, numbers = np.unique(labels, return_inverse=True)
+        task = _InMemory(images, numbers, [str(label) for label in classes], self.val_share)
+        model = {**(self.fields or {}), "name": "emo", "variant": self.variant}
+        job = begin(task, model, seed=self.seed, store=self.store)
+        for step in self._steps():
+            job = step.apply(job)
+        assert job.predictor is not None
+        self.classes_, self.n_features_in_ = classes, int(np.prod(images.shape[1:]))
+        self.predictor_, self.curves_ = job.predictor, dict(job.notes.curves)
+        self._model, self._shape = job.model, images.shape[1:]
+        return self
+
+    def _steps(self) -> list[Step]:
+        from sparing.core.registry import resolve
+        from sparing.core.training import Train
+
+        steps = [resolve("steps", "augment")(flip=self.flip)]
+        if self.label_smoothing:
+            steps.append(resolve("steps", "smooth_labels")(smoothing=self.label_smoothing))
+        steps.append(resolve("steps", "warmup_cosine")())
+        training = Train(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            decay="matrices",
+            gradient_clip=5.0,
+        )
+        return [*steps, training]
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (n, classes) of uint8 images (n, H, W) or (n, H, W, C); other sizes are resized to those of ``fit``."""
+        images = _images(X)
+        predictor = self._fitted()
+        if images.shape[3] != self._shape[2]:
+            raise DataError(f"images of {images.shape[3]} channels; {self._shape[2]}, as in fit, are expected")
+        batches = [predictor.predict(images[start : start + 256]) for start in range(0, len(images), 256)]
+        return np.concatenate(batches)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities (n, classes), in the order of ``classes_``."""
+        return np.exp(log_softmax(self.decision_function(X)))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likeliest label of each image (n,)."""
+        return self.classes_[self.decision_function(X).argmax(axis=1)]
+
+    def report(self) -> CostReport:
+        """What one image costs: parameters, bytes, multiply-accumulates, memory, latency on this machine."""
+        from sparing.core.cost import cost_report
+
+        self._fitted()
+        height, width, channels = self._shape
+        return cost_report(self._model, (channels, height, width))
+
+    def _fitted(self) -> Predictor:
+        if not hasattr(self, "predictor_"):
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(X, y) first")
+        return self.predictor_
+
+
+def _images(X: Any) -> np.ndarray:
+    images = np.asarray(X)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise DataError(
+            f"X is {images.dtype} of shape {images.shape}; uint8 images (n, height, width) or (n, height, width, 1 or "
+            "3 channels) are expected, and at least one"
+        )
+    if images.shape[1] != images.shape[2]:
+        raise DataError(f"X holds images of {images.shape[1]}×{images.shape[2]} pixels; squares are expected")
+    return images
+
+
+class _InMemory(ImageClassification):
+    """Images in memory; what is held out for validation stands for the test split, which nothing here looks at."""
+
+    name = "emo_classifier"
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, names: Sequence[str], val_share: float) -> None:
+        super().__init__()
+        if len(names) < 2:
+            raise DataError(f"fit: all labels are {names[0]!r}; at least two classes are expected")
+        if not 0 < val_share < 0.9:
+            raise InvalidValue(f"val_share = {val_share!r}; a share above 0 and below 0.9 is expected")
+        self.labels, self._images, self._numbers = tuple(names), images, labels
+        self.in_channels, self.image_size = images.shape[3], images.shape[1]
+        self._parts = stratified_cut(labels, {"val": val_share, "calibration": 0.02}, seed=0)
+        for part, rows in self._parts.items():
+            if len(rows) == 0:
+                raise DataError(f"fit: {len(images)} images of {len(names)} classes leave none for the part {part!r}")
+        pixels = images[self._parts["rest"]] / 255.0
+        spread = pixels.std(axis=(0, 1, 2))
+        self._moments = pixels.mean(axis=(0, 1, 2)), np.where(spread < 1e-4, 1.0, spread)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of the training pixels."""
+        mean, std = self._moments
+        return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+    def read(self, root: Path | None) -> Splits:
+        """The parts; ``root`` is not looked at."""
+        source = ArrayImages(self._images, "X")
+
+        def part(name: str) -> LabelledImages:
+            return LabelledImages(source, self._numbers, self.preprocessing, self.labels, self._parts[name], "X")
+
+        return Splits(part("rest"), part("val"), part("calibration"), part("val"))
