@@ -117,7 +117,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def packaged() -> dict[str, Path]:
-    """The recipes that come with Sparing, by name; ``full/NAME`` are those of published sizes, for machines with GPUs."""
+    """The recipes that come with Sparing, by name; ``full/NAME`` are of published sizes, for machines with GPUs."""
     folder = Path(__file__).parents[1] / "recipes"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 

@@ -111,7 +111,7 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
         return [*steps, training]
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits (n, classes) of uint8 images (n, H, W) or (n, H, W, C); other sizes are resized to those of ``fit``."""
+        """Logits (n, classes) of uint8 images (n, H, W) or (n, H, W, C), resized to the size ``fit`` saw."""
         images = _images(X)
         predictor = self._fitted()
         if images.shape[3] != self._shape[2]:
