@@ -39,7 +39,13 @@ def defined() -> dict[str, list[type]]:
             for kind, base in bases.items():
                 if issubclass(thing, base) and thing is not base and not inspect.isabstract(thing):
                     found[kind].append(thing)
-            if module.name.startswith("sparing.models.") and issubclass(thing, nn.Module):
+            model = issubclass(thing, nn.Module) and not inspect.isabstract(thing)
+            # what is not asked for its number of classes is a layer
+            if (
+                module.name.startswith("sparing.models.")
+                and model
+                and "num_classes" in inspect.signature(thing).parameters
+            ):
                 found["models"].append(thing)
     return found
 

@@ -1,0 +1,62 @@
+"""Changing the layers of a finished network: other blocks in the place of some of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from sparing.core.errors import InvalidValue, NoEffect
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def replace_blocks(model: Model, fn: Callable[[str, nn.Module], nn.Module | None]) -> tuple[Model, list[str]]:
+    """Put other modules in the place of some of a network's.
+
+    ``fn(name, module)`` is asked for every submodule of a copy of ``model``, from the outside in, and returns what is
+    to stand there, or None to keep it and to be asked for what is inside. It is not asked for what it has just put in.
+    A module that stands in several places is asked for once, by its first name, and replaced in all of them.
+
+    Returns (the new model, names of what was replaced); ``model`` itself stays as it is.
+
+    The new model no longer is what its builder makes, so it is deployed as an ONNX graph; build it by a function of
+    your own and :func:`sparing.build_model` to save it as weights.
+
+    Raises :class:`NoEffect` when nothing was replaced, and :class:`InvalidValue` when ``fn`` returns something else
+    than a module.
+    """
+    changed = copy.deepcopy(model)
+    replaced: list[str] = []
+    seen: dict[nn.Module, nn.Module | None] = {}
+    kinds: dict[str, int] = {}
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for child_name, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            name = f"{prefix}{child_name}"
+            if child not in seen:
+                kinds[type(child).__name__] = kinds.get(type(child).__name__, 0) + 1
+                other = fn(name, child)
+                if other is not None and not isinstance(other, nn.Module):
+                    raise InvalidValue(
+                        f"replace_blocks: for {name!r} the function returned a {type(other).__name__}; an nn.Module is "
+                        "expected, or None to keep what is there"
+                    )
+                seen[child] = None if other is child else other
+                if seen[child] is None:
+                    visit(child, f"{name}.")
+            standing = seen[child]
+            if standing is not None:
+                parent._modules[child_name] = standing
+                replaced.append(name)
+
+    visit(changed, "")
+    if not replaced:
+        asked = ", ".join(f"{number} × {kind}" for kind, number in sorted(kinds.items()))
+        raise NoEffect(f"replace_blocks: the function kept every module of {type(model).__name__}: {asked or 'none'}")
+    changed.__dict__.pop("_sparing_spec", None)  # its builder makes another network
+    return changed, replaced
