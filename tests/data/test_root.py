@@ -155,6 +155,8 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
     assert [(line.name, line.present) for line in catalogue.listing(tmp_path)] == [
         ("fashion_mnist", False),
         ("cifar10", False),
+        ("cora", False),
+        ("citeseer", False),
     ]
     found = catalogue.check("cifar10", tmp_path)
     assert not found.ok

@@ -184,6 +184,7 @@ def save_planetoid(data: Data, path: Path | str) -> None:
     for attribute in ("x", "edge_index", "y", *(f"{split}_mask" for split in SPLITS)):
         if not isinstance(getattr(data, attribute, None), torch.Tensor):
             raise InvalidValue(f"the graph has no tensor {attribute!r}; x, edge_index, y and three masks are expected")
+    data = data.cpu()
     x = data.x.to_dense() if data.x.layout != torch.strided else data.x
     if not bool(((x == 0) | (x == 1)).all()):
         raise InvalidValue("x holds other values than 0 and 1; features before any normalisation are expected")
