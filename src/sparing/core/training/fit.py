@@ -32,7 +32,7 @@ class FitResult:
     """The trained model, unwrapped, on the device and with the training flags it came with."""
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """Name → [(optimizer steps, value)]: "train_loss" per sample and "lr", about 100 points each; "val_<metric>" for
-    each validation."""
+    each validation, "val_<name>_<metric>" for weights that were scored beside the trained ones."""
     samples: int = 0
     """Training samples seen, repetitions counted."""
     steps: int = 0

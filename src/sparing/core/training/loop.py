@@ -41,7 +41,7 @@ from sparing.core.predictor import ModulePredictor, Predictor
 from sparing.core.predictor.tree import map_leaves, to_numpy
 from sparing.core.training.batches import Batches, SeededItems, reseed
 from sparing.core.training.fit import FitResult, Keeper
-from sparing.core.training.optimization import make_optimizer, make_scheduler
+from sparing.core.training.optimization import decay_groups, make_optimizer, make_scheduler
 
 if TYPE_CHECKING:
     from sparing.core.job import TrainingPlan
@@ -55,6 +55,8 @@ POINTS = 100
 BAR_AFTER_S = 2.0
 SAVING_SHARE = 0.05
 """Saving may take this share of the time."""
+SMALL_BUFFER = 1 << 16
+"""Buffers of so many elements at most are running statistics that a skipped batch must not touch; others are tables."""
 SILENCED = (
     r".*does not have many workers.*",  # the caller chose the number of workers
     r".*Consider setting `persistent_workers=True`.*",
@@ -90,6 +92,37 @@ class Live(ModulePredictor):
         return map_leaves(to_numpy, self.model(*self._place([map_leaves(tensor, item) for item in inputs])))
 
 
+class RunningStatistics:
+    """Remembers a model's small buffers, so that what a skipped batch did to them can be undone.
+
+    A forward pass with NaN spoils the running statistics of batch norm for good, although the weights stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places = [(module._buffers, name) for module in model.modules() for name in module._buffers]
+        self.kept: list[tuple[Any, str, Tensor]] = []
+        self.copies: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Remember the buffers as they are. A few microseconds: what was remembered is overwritten in place."""
+        now = [(owner, name, tensor) for owner, name in self.places if _is_small(tensor := owner.get(name))]
+        if len(now) != len(self.kept) or any(a[2] is not b[2] for a, b in zip(now, self.kept, strict=True)):
+            self.kept, self.copies = now, [tensor.detach().clone() for _, _, tensor in now]
+        elif now:
+            torch._foreach_copy_(self.copies, [tensor for _, _, tensor in now])
+
+    def undo(self) -> None:
+        """Put them back."""
+        for owner, name, tensor in self.kept:
+            owner[name] = tensor
+        if self.kept:
+            torch._foreach_copy_([tensor for _, _, tensor in self.kept], self.copies)
+
+
+def _is_small(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.layout == torch.strided and tensor.numel() <= SMALL_BUFFER
+
+
 class Training(pl.LightningModule):
     """A model, its task and its plan, as Lightning wants them. Everything that must survive a kill is in its state."""
 
@@ -112,6 +145,13 @@ class Training(pl.LightningModule):
         self.batches, self.total_steps = batches, total_steps
         self.transforms = [make() for make in plan.batch_transforms]
         self.terms = [make() for make in plan.loss_terms]
+        self.statistics = RunningStatistics(model)
+        self.beside: dict[str, nn.Module] = {}
+        """Models with other weights (an average, say) that a callback puts here in ``on_fit_start``, by name. Validations
+        score them, too: the curves ``val_<name>_<metric>``. Their state is kept by the callback, not here."""
+        self.candidates: tuple[str, ...] = ("",)
+        """Whose weights may be handed on: names in ``beside``, and "" for the trained ones. Early stopping, the best
+        epoch and the end go by the best of them, the earlier of equals."""
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         self.every = max(1, len(batches) * settings.epochs // POINTS)
         if settings.max_steps is not None:
@@ -126,6 +166,7 @@ class Training(pl.LightningModule):
             "waited": 0,
             "best_epoch": None,
             "best_value": None,
+            "candidate": None,
             "stopped_early": False,
             "window": [0.0, 0],
             "gaps": {},
@@ -166,7 +207,9 @@ class Training(pl.LightningModule):
         if plan.optimizer is not None:
             optimizer = plan.optimizer(self.model)
         else:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            parameters: Any = [p for p in self.model.parameters() if p.requires_grad]
+            if settings.decay == "matrices":
+                parameters = decay_groups(self.model, settings.weight_decay)
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.lr, settings.weight_decay, settings.optimizer_args
             )
@@ -223,6 +266,7 @@ class Training(pl.LightningModule):
         """Transforms → outputs → the task's loss → loss terms."""
         for transform in self.transforms:
             batch = transform(batch)
+        self.statistics.keep()
         try:
             outputs = self.task.outputs(self.model, batch)
             loss = self.task.loss(outputs, batch)
@@ -243,6 +287,8 @@ class Training(pl.LightningModule):
         self.finite = math.isfinite(self.value)
         if self.batches.world > 1:
             self.finite = self._all(self.finite)
+        if not self.finite:
+            self.statistics.undo()
         factor = self.share(self.current_epoch, batch_idx)[2]
         return loss if factor == 1.0 else loss * factor
 
@@ -335,26 +381,56 @@ class Training(pl.LightningModule):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         headline = self.task.headline
         lower = settings.monitor == "loss" or headline.better == "lower"
-        value = values["val_loss" if settings.monitor == "loss" else f"val_{headline.name}"]
+        monitored = "loss" if settings.monitor == "loss" else headline.name
+        scores = {name: values[curve_name(monitored, name)] for name in self.candidates}
+        finite = {name: score for name, score in scores.items() if math.isfinite(score)} or scores
+        chosen = (min if lower else max)(finite, key=lambda name: finite[name])
+        value = scores[chosen]
         if self.plateau is not None:
             self.plateau.step(value)
         best = figures["best_value"]
         if math.isfinite(value) and (best is None or (value < best if lower else value > best)):
-            figures.update(best_value=value, best_epoch=figures["epochs"], waited=0)
+            figures.update(best_value=value, best_epoch=figures["epochs"], waited=0, candidate=chosen)
             if settings.restore_best:
                 self.best_weights = {
                     name: tensor.detach().cpu().clone() if isinstance(tensor, Tensor) else tensor
-                    for name, tensor in self.model.state_dict().items()
+                    for name, tensor in self._model_of(chosen).state_dict().items()
                 }
         else:
             figures["waited"] += 1
             if settings.early_stopping is not None and figures["waited"] >= settings.early_stopping and not last:
                 figures["stopped_early"] = True
                 trainer.should_stop = True
+        if not settings.restore_best:
+            figures["candidate"] = chosen
+
+    def on_fit_start(self) -> None:
+        """A choice between candidates needs validation data; called after the callbacks' own."""
+        if len(self.candidates) > 1 and self.val_data is None:
+            names = " and ".join(name or "trained" for name in self.candidates)
+            raise InvalidValue(f"the choice between the {names} weights needs validation data, but there are none")
+
+    def on_train_end(self) -> None:
+        """Put the chosen candidate's weights in place; with ``restore_best`` the best ones follow when all is done."""
+        chosen = self.figures["candidate"]
+        if chosen is None:
+            chosen = self.candidates[0]
+        if chosen and not self.settings.restore_best:
+            self.model.load_state_dict(self.beside[chosen].state_dict())
+
+    def _model_of(self, candidate: str) -> nn.Module:
+        return self.beside[candidate] if candidate else self.model
 
     def _scores(self) -> dict[str, float]:
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+        values: dict[str, float] = {}
+        for name in ("", *self.beside):
+            scores = self._scores_of(self._model_of(name))
+            values |= {curve_name(metric, name): value for metric, value in scores.items()}
+        return values
+
+    def _scores_of(self, model: nn.Module) -> dict[str, float]:
+        training = {module: module.training for module in model.modules()}
+        model.eval()
         plugin, strategy = self.trainer.precision_plugin, self.trainer.strategy
 
         def place(batch: Any) -> Any:
@@ -362,23 +438,28 @@ class Training(pl.LightningModule):
 
         try:
             with torch.no_grad(), plugin.val_step_context():
-                scores = self.task.evaluate(Live(self.model, self.task, place), self.val_data)
-                values = {f"val_{name}": float(value) for name, value in scores.metrics.items()}
+                scores = self.task.evaluate(Live(model, self.task, place), self.val_data)
+                values = {name: float(value) for name, value in scores.metrics.items()}
                 if self.settings.monitor == "loss":
-                    values["val_loss"] = self._loss_on_validation(place)
+                    values["loss"] = self._loss_on_validation(model, place)
         finally:
             for module, flag in training.items():
                 module.training = flag
         return values
 
-    def _loss_on_validation(self, place: Any) -> float:
+    def _loss_on_validation(self, model: nn.Module, place: Any) -> float:
         """Loss per sample."""
         size, count, summed = self.settings.batch_size, len(self.val_data), 0.0
         for number, batch in enumerate(batches_of(self.val_data, size, self.task.collate)):
             batch = place(batch)
-            loss = float(self.task.loss(self.task.outputs(self.model, batch), batch))
+            loss = float(self.task.loss(self.task.outputs(model, batch), batch))
             summed += loss if self.task.loss_reduction == "sum" else loss * min(size, count - number * size)
         return summed / count
+
+
+def curve_name(metric: str, candidate: str = "") -> str:
+    """What a validation figure of the trained weights, or of those beside them, is called."""
+    return f"val_{candidate}_{metric}" if candidate else f"val_{metric}"
 
 
 def explain(model: nn.Module, task: Task, batch: Any, where: str, error: Exception) -> str:
@@ -636,6 +717,11 @@ def run(
     batches = make_batches(train, settings, plan, seed)
     if val is None and (settings.early_stopping is not None or settings.restore_best):
         raise InvalidValue("early_stopping and restore_best need validation data, but there are none")
+    if plan.scheduler is not None and (settings.scheduler or settings.warmup_steps):
+        raise IncompatibleStep(
+            f"an earlier step has set the schedule of the learning rate, so scheduler = {settings.scheduler!r} and "
+            f"warmup_steps = {settings.warmup_steps} would have no effect; leave them out"
+        )
     parameters = list(model.parameters())
     if not any(p.requires_grad for p in parameters) and plan.optimizer is None and not plan.model_wraps:
         frozen = f"all its {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
@@ -680,6 +766,9 @@ def run(
             *remarks,
             f"{figures['skipped']} of {figures['batches']} batches were skipped: their loss was not finite",
         ]
+    if len(module.candidates) > 1:
+        named = f"the weights {figures['candidate']!r}" if figures["candidate"] else "the trained weights"
+        remarks = [*remarks, f"{named} were the best on the validation data and are handed on"]
     for name, count in figures["gaps"].items():
         remarks.append(f"{name} was not finite {count} times; its curve leaves these points out")
     return FitResult(

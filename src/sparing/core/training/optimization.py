@@ -62,6 +62,21 @@ def optimizer_class(name: str, args: Mapping[str, Any] | None = None) -> type:
     return found
 
 
+def decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of a module in which only matrices (and larger tensors) have weight decay.
+
+    Parameters of at most one dimension (gains and biases of norms, scales) and those called ``bias`` have none; frozen
+    ones are left out. Each group keeps the order of ``named_parameters``.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] == "bias"
+            (others if free else matrices).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 def make_optimizer(
     name: str, parameters: Iterable[Any], lr: float, weight_decay: float = 0.0, args: Mapping[str, Any] | None = None
 ) -> Any:

@@ -42,6 +42,8 @@ class Train(Step):
     """Learning rate the schedule starts from; with "one_cycle" the highest."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, in the optimizer's own sense; refused where it has none."""
+    decay: Literal["all", "matrices"] = "all"
+    """"matrices": biases and parameters of one dimension (gains of norms) have no weight decay."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {momentum: 0.9}."""
     scheduler: str = ""
@@ -91,6 +93,8 @@ class Train(Step):
         super().__post_init__()
         if self.scheduler_args and not self.scheduler:
             raise InvalidValue(f"scheduler_args = {self.scheduler_args}, but no scheduler is named")
+        if self.decay == "matrices" and not self.weight_decay:
+            raise InvalidValue(f"decay = {self.decay!r} says what weight_decay acts on, but weight_decay = 0")
         # the usual choices need no torch to be checked
         if self.optimizer not in {"AdamW", "Adam", "SGD"} or self.optimizer_args:
             from sparing.core.training.optimization import optimizer_class
