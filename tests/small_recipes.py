@@ -10,6 +10,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.student.model.widths=[4]",
         "steps.int8.max_loss=1",
     ),
+    "cora": ("steps.gcn.epochs=5", "steps.student.epochs=5"),
     "fashion_mnist": (
         "task.train_limit=600",
         "task.test_limit=200",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sparing.optimization.leap_lightning import LEAPCallback
     from sparing.optimization.schedules import WarmupCosine
     from sparing.tasks.custom import CustomTask
+    from sparing.tasks.graphs import NodeClassification
     from sparing.tasks.images import ImageClassification
 
 __version__ = "0.1.0"
@@ -78,6 +79,7 @@ _HOMES = {
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
     "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.tasks.custom": ("CustomTask",),
+    "sparing.tasks.graphs": ("NodeClassification",),
     "sparing.tasks.images": ("ImageClassification",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -99,6 +101,7 @@ __all__ = [
     "Ledger",
     "MissingDependency",
     "NoEffect",
+    "NodeClassification",
     "NotExportable",
     "Quantize",
     "RecipeError",
