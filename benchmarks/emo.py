@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from _claims import Claim, main
-
 from sparing import Quantize, SparingError, Train, run
 from sparing.core.ledger import CPU, MODEL_BYTES, P50, Ledger, cross_difference
 from sparing.core.predictor import ModulePredictor, build_model
