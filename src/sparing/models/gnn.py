@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import dropout, elu, linear, relu
 
@@ -109,8 +109,8 @@ class GCN(_NodeClassifier):
 
     def forward(
         self,
-        x: Float[Tensor, "n f"],
-        edge_index: Int[Tensor, "2 e"],
+        x: Float[Tensor, "..."],
+        edge_index: Shaped[Tensor, "..."],
         edge_weight: Float[Tensor, " e"] | None = None,
     ) -> Float[Tensor, "n classes"]:
         """Features (N, in_features), dense or sparse COO, edges (2, E), weights of the edges → logits (N, classes)."""
@@ -157,7 +157,7 @@ class GAT(_NodeClassifier):
             self.layers.append(conv(widths[number], hidden, heads=heads, dropout=dropout))
         self.layers.append(conv(widths[-1], num_classes, heads=1, dropout=dropout))
 
-    def forward(self, x: Float[Tensor, "n f"], edge_index: Int[Tensor, "2 e"]) -> Float[Tensor, "n classes"]:
+    def forward(self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """Features (N, in_features), dense or sparse COO, and edges (2, E) → logits (N, classes)."""
         self._check(x, edge_index)
         for number, layer in enumerate(self.layers):
@@ -190,7 +190,7 @@ class GraphSAGE(_NodeClassifier):
         for number in range(depth):
             self.layers.append(conv(widths[number], widths[number + 1]))
 
-    def forward(self, x: Float[Tensor, "n f"], edge_index: Int[Tensor, "2 e"]) -> Float[Tensor, "n classes"]:
+    def forward(self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """Features (N, in_features), dense or sparse COO, and edges (2, E) → logits (N, classes)."""
         self._check(x, edge_index)
         for number, layer in enumerate(self.layers):
