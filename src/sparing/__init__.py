@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparing.compression.quantization import Quantize
+    from sparing.core.cost import cost_report
     from sparing.core.errors import (
         CorruptFile,
         DataError,
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.distillation.logits import Distil
+    from sparing.optimization.averaging import Ema
+    from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
+    from sparing.optimization.label_smoothing import SmoothLabels
     from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
     from sparing.optimization.leap_lightning import LEAPCallback
     from sparing.optimization.schedules import WarmupCosine
@@ -48,6 +52,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "sparing.compression.quantization": ("Quantize",),
+    "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
         "CorruptFile",
         "DataError",
@@ -77,6 +82,9 @@ _HOMES = {
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
+    "sparing.optimization.averaging": ("Ema",),
+    "sparing.optimization.averaging_lightning": ("WeightAverage",),
+    "sparing.optimization.label_smoothing": ("SmoothLabels",),
     "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("NodeClassification",),
@@ -91,6 +99,7 @@ __all__ = [
     "CustomTask",
     "DataError",
     "Distil",
+    "Ema",
     "Export",
     "ImageClassification",
     "IncompatibleStep",
@@ -105,6 +114,7 @@ __all__ = [
     "NotExportable",
     "Quantize",
     "RecipeError",
+    "SmoothLabels",
     "SparingError",
     "Step",
     "StoreError",
@@ -115,9 +125,11 @@ __all__ = [
     "UnknownName",
     "UntrustedCode",
     "WarmupCosine",
+    "WeightAverage",
     "__version__",
     "apply_leap",
     "build_model",
+    "cost_report",
     "hessian_trace",
     "leap_factor",
     "load",

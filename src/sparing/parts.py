@@ -56,6 +56,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
         ),
+        "ema": Part(
+            "sparing.optimization.averaging:Ema",
+            "Keep a moving average of the weights through the next training, score it beside them, and hand it on.",
+        ),
         "export": Part(
             "sparing.core.export:Export",
             "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
@@ -67,6 +71,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
             "INT8 weights and activations through ONNX Runtime, kept only when they win.",
+        ),
+        "smooth_labels": Part(
+            "sparing.optimization.label_smoothing:SmoothLabels",
+            "Train towards labels that are a little unsure: each gives a share of its weight to all classes alike.",
         ),
         "transfer": Part(
             "sparing.core.transfer:Transfer",

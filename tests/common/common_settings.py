@@ -130,6 +130,12 @@ STEPS = {
         task=photographs,
         nothing=StepCase(sparing.Augment(crop="off", jitter=0), task=photographs, nothing="is the case"),
     ),
+    "ema": StepCase(
+        sparing.Ema(decay=0.9, use="best"),
+        after=(sparing.Train(id="last", epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
+        nothing="every training has weights to average",
+    ),
+    "smooth_labels": StepCase(sparing.SmoothLabels(), after=(LAST,), nothing="it always adds a term"),
     "warmup_cosine": StepCase(
         sparing.WarmupCosine(warmup_share=0.25), after=(LAST,), nothing="every training has a learning rate"
     ),

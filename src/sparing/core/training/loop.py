@@ -105,7 +105,8 @@ class RunningStatistics:
 
     def keep(self) -> None:
         """Remember the buffers as they are. A few microseconds: what was remembered is overwritten in place."""
-        now = [(owner, name, tensor) for owner, name in self.places if _is_small(tensor := owner.get(name))]
+        here = ((owner, name, owner.get(name)) for owner, name in self.places)
+        now = [(owner, name, tensor) for owner, name, tensor in here if tensor is not None and _is_small(tensor)]
         if len(now) != len(self.kept) or any(a[2] is not b[2] for a, b in zip(now, self.kept, strict=True)):
             self.kept, self.copies = now, [tensor.detach().clone() for _, _, tensor in now]
         elif now:
@@ -119,8 +120,8 @@ class RunningStatistics:
             torch._foreach_copy_([tensor for _, _, tensor in self.kept], self.copies)
 
 
-def _is_small(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.layout == torch.strided and tensor.numel() <= SMALL_BUFFER
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.numel() <= SMALL_BUFFER
 
 
 class Training(pl.LightningModule):
@@ -147,8 +148,8 @@ class Training(pl.LightningModule):
         self.terms = [make() for make in plan.loss_terms]
         self.statistics = RunningStatistics(model)
         self.beside: dict[str, nn.Module] = {}
-        """Models with other weights (an average, say) that a callback puts here in ``on_fit_start``, by name. Validations
-        score them, too: the curves ``val_<name>_<metric>``. Their state is kept by the callback, not here."""
+        """Models with other weights (an average, say) that a callback puts here in ``on_fit_start``, by name.
+        Validations score them, too: the curves ``val_<name>_<metric>``. The callback keeps their state."""
         self.candidates: tuple[str, ...] = ("",)
         """Whose weights may be handed on: names in ``beside``, and "" for the trained ones. Early stopping, the best
         epoch and the end go by the best of them, the earlier of equals."""
@@ -167,6 +168,7 @@ class Training(pl.LightningModule):
             "best_epoch": None,
             "best_value": None,
             "candidate": None,
+            "candidates": [""],
             "stopped_early": False,
             "window": [0.0, 0],
             "gaps": {},
@@ -409,6 +411,7 @@ class Training(pl.LightningModule):
         if len(self.candidates) > 1 and self.val_data is None:
             names = " and ".join(name or "trained" for name in self.candidates)
             raise InvalidValue(f"the choice between the {names} weights needs validation data, but there are none")
+        self.figures["candidates"] = list(self.candidates)
 
     def on_train_end(self) -> None:
         """Put the chosen candidate's weights in place; with ``restore_best`` the best ones follow when all is done."""
@@ -766,7 +769,7 @@ def run(
             *remarks,
             f"{figures['skipped']} of {figures['batches']} batches were skipped: their loss was not finite",
         ]
-    if len(module.candidates) > 1:
+    if len(figures["candidates"]) > 1:
         named = f"the weights {figures['candidate']!r}" if figures["candidate"] else "the trained weights"
         remarks = [*remarks, f"{named} were the best on the validation data and are handed on"]
     for name, count in figures["gaps"].items():

@@ -68,7 +68,8 @@ def decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     Parameters of at most one dimension (gains and biases of norms, scales) and those called ``bias`` have none; frozen
     ones are left out. Each group keeps the order of ``named_parameters``.
     """
-    matrices, others = [], []
+    matrices: list[Any] = []
+    others: list[Any] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] == "bias"
