@@ -28,6 +28,20 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.int8.max_loss=1",
         "steps.int8.samples=16",
     ),
+    "leap": (
+        "task.train_limit=600",
+        "task.test_limit=200",
+        "steps.bare.epochs=1",
+        "steps.perturbed.epochs=1",
+        "steps.hotter.epochs=1",
+    ),
+    "full/leap": (
+        "task.train_limit=60",
+        "task.test_limit=20",
+        "steps.train.max_steps=1",
+        "steps.train.batch_size=4",
+        "steps.train.workers=0",
+    ),
     "full/emo": (
         "steps.train.max_steps=1",
         "steps.train.batch_size=4",
