@@ -22,6 +22,7 @@ MIN_ROUNDS = 2 * SEGMENTS
 BLOCK_SECONDS = 0.015
 MAX_BLOCK = 4096
 WARM_UP_SECONDS = 0.05
+P95_REPETITIONS = 20
 P99_REPETITIONS = 100
 FOREIGN_CORES = 0.1
 """Foreign work up to this many cores beyond the idle ones is not called a disturbance."""
@@ -42,6 +43,8 @@ class Timing:
     rounds: int
     noisy: str
     """Why the p50 is not to be trusted to the asked precision, or empty."""
+    p95: float | None = None
+    """None for fewer than P95_REPETITIONS repetitions."""
 
     @property
     def note(self) -> str:
@@ -144,13 +147,14 @@ def _timing(blocks: list[np.ndarray], precision: float, disturbed: str) -> Timin
     elif not _within(found, precision):
         wide = max(interval[1] - p50, p50 - interval[0]) / p50
         noisy = f"the 95 % interval of the p50 is ±{100 * wide:.1f} %"
+    p95 = float(np.quantile(samples, 0.95)) / 1e9 if len(samples) >= P95_REPETITIONS else None
     p99 = tail = None
     if len(samples) >= P99_REPETITIONS:
         p99 = float(np.quantile(samples, 0.99)) / 1e9
         if (bounds := quantile_interval(samples, 0.99)) is not None:
             tail = (bounds[0] / 1e9, bounds[1] / 1e9)
     seconds = None if interval is None else (interval[0] / 1e9, interval[1] / 1e9)
-    return Timing(p50 / 1e9, seconds, p99, tail, len(samples), len(blocks), noisy)
+    return Timing(p50 / 1e9, seconds, p99, tail, len(samples), len(blocks), noisy, p95)
 
 
 class _Load:

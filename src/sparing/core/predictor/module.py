@@ -418,8 +418,21 @@ def _layers(model: nn.Module, macs: Mapping[str, int]) -> Iterator[dict[str, Any
 def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     """(multiply-accumulates of one sample, the same by module name), by :data:`MACS_RULE`.
 
-    The fused attention and recurrent kernels, which the counter does not know, are switched off while it runs; the
-    batch size is the first dimension of the first input, and the count is divided by it.
+    The batch size is the first dimension of the first input, and the count is divided by it.
+    """
+    counts, batch = count_operations(model, example)
+    macs = {name: sum(operations.values()) // 2 // batch for name, operations in counts.items()}
+    return macs.pop(""), macs
+
+
+def count_operations(
+    model: nn.Module, example: tuple[Any, ...], formulas: Mapping[Any, Callable[..., int]] | None = None
+) -> tuple[dict[str, dict[Any, int]], int]:
+    """({module name, "" for the whole model: {operator: operations}}, batch size).
+
+    A product and the addition of it are two operations. ``formulas`` adds operators to those that torch's counter
+    knows: operator → function of its arguments (shapes for tensors) and ``out_shape``, as the counter wants them. The
+    fused attention and recurrent kernels, which it does not know, are switched off while it runs.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -430,7 +443,7 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
     batch = next((leaf.shape[0] for _, leaf in leaves(example) if getattr(leaf, "ndim", 0)), 1)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     onednn = torch.backends.mkldnn.set_flags(_enabled=False)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -439,12 +452,9 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.mkldnn.set_flags(_enabled=onednn[0])
     prefix = f"{type(model).__name__}."
-    by_module = {
-        name.removeprefix(prefix): sum(flops.values()) // 2 // batch
-        for name, flops in counter.get_flop_counts().items()
-        if name.startswith(prefix)
-    }
-    return counter.get_total_flops() // 2 // batch, by_module
+    counts = counter.get_flop_counts()
+    by_module = {name.removeprefix(prefix): dict(ops) for name, ops in counts.items() if name.startswith(prefix)}
+    return {"": dict(counts.get("Global", {})), **by_module}, batch
 
 
 def _device(model: nn.Module) -> torch.device:
