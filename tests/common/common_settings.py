@@ -18,7 +18,7 @@ from sparing.tasks.images.digits import Digits
 from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, tiny_task
 
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
-LAST = sparing.Train(id="last", epochs=1, batch_size=16, lr=0.02)
+LAST = sparing.Train(id="last", epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1)
 STUDENT = {"name": "convnet", "num_classes": 3, "image_size": 8, "widths": [4]}
 
 
@@ -132,7 +132,7 @@ STEPS = {
     ),
     "ema": StepCase(
         sparing.Ema(decay=0.9, use="best"),
-        after=(sparing.Train(id="last", epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
+        after=(LAST,),
         nothing="every training has weights to average",
     ),
     "smooth_labels": StepCase(sparing.SmoothLabels(), after=(LAST,), nothing="it always adds a term"),

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, TrainingDiverged
 from sparing.core.job import TrainingPlan
 from sparing.core.task import Evaluation, Metric, Splits
-from sparing.core.training import Batches, Train, fit
+from sparing.core.training import Batches, Train, decay_groups, fit
 
 QUICK = Train(epochs=2, batch_size=16, lr=0.01)
 
@@ -326,6 +326,60 @@ def test_a_single_nan_is_skipped_and_counted(data: Splits) -> None:
     assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
 
 
+class NaNBatch(PointTask):
+    """The given batches hold NaN."""
+
+    def __init__(self, *calls: int) -> None:
+        super().__init__()
+        self.calls, self.bad = 0, calls
+
+    def outputs(self, model: Any, batch: Any) -> Any:
+        spoilt = self.calls in self.bad and model.training
+        self.calls += bool(model.training)
+        return model(batch[0] * math.nan if spoilt else batch[0])
+
+
+def test_running_statistics_are_as_before_a_skipped_batch(data: Splits) -> None:
+    states: list[dict[str, torch.Tensor]] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            states.append({name: value.clone() for name, value in pl_module.model.named_buffers()})
+
+    result = fit(network(), NaNBatch(0, 4), data.train, None, QUICK, callbacks=[Look()])
+    assert result.skipped == 2
+    start = dict(network().named_buffers())
+    for before, after in ((start, states[0]), (states[3], states[4])):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(states[0]["1.running_mean"], states[1]["1.running_mean"])
+    assert states[-1]["1.num_batches_tracked"] == 10  # of 12
+    assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
+
+
+def test_buffers_that_a_module_replaces_are_put_back_and_large_or_sparse_ones_left_alone(data: Splits) -> None:
+    class Odd(nn.Module):
+        """Replaces one buffer in each pass, writes into a large one, and holds one that is sparse."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.register_buffer("last", torch.zeros(8))
+            self.register_buffer("large", torch.zeros(1 << 17))
+            self.register_buffer("links", torch.eye(8).to_sparse())
+            self.register_buffer("none", None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = x.detach().mean(0)
+            self.large += 1
+            return self.inner(x)
+
+    model = Odd()
+    fit(model, NaNBatch(5), data.train, None, replace(QUICK, max_steps=6))
+    assert torch.isfinite(model.last).all()
+    assert model.last.any()
+    assert model.large[0] == 6
+
+
 def test_nan_for_long_ends_the_training(data: Splits) -> None:
     with pytest.raises(
         TrainingDiverged,
@@ -369,6 +423,52 @@ def test_nothing_to_train(data: Splits) -> None:
         fit(network().requires_grad_(False), PointTask(), data.train, None, QUICK)
     with pytest.raises(IncompatibleStep, match="it has no parameters"):
         fit(nn.Sequential(nn.ReLU()), PointTask(), data.train, None, QUICK)
+
+
+def test_a_schedule_of_its_own_beside_that_of_the_plan_is_refused(data: Splits) -> None:
+    plan = TrainingPlan().adding(scheduler=lambda o, total: torch.optim.lr_scheduler.ConstantLR(o))
+    for more in ({"scheduler": "cosine"}, {"warmup_steps": 2}):
+        with pytest.raises(IncompatibleStep, match="an earlier step has set the schedule") as caught:
+            fit(network(), PointTask(), data.train, None, replace(QUICK, **more), plan)
+        assert repr(next(iter(more.values()))) in str(caught.value)
+
+
+# --- weight decay
+
+
+class Mixed(nn.Module):
+    """Every kind of parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 3), nn.LayerNorm(8)
+        self.scale, self.frozen = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(2, 2), requires_grad=False)
+        self.grid = nn.ParameterDict({"bias": nn.Parameter(torch.ones(3, 3)), "weight": nn.Parameter(torch.ones(3, 3))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(self.norm(x)) * self.scale
+        return y + 0 * (self.grid["bias"].sum() + self.grid["weight"].sum())
+
+
+def test_decay_groups() -> None:
+    model = Mixed()
+    decayed, free = decay_groups(model, 0.3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(p)] for p in decayed["params"]] == ["linear.weight", "grid.weight"]
+    assert [names[id(p)] for p in free["params"]] == ["scale", "linear.bias", "norm.weight", "norm.bias", "grid.bias"]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    assert len(decay_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+
+
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_what_weight_decay_acts_on(decay: str, data: Splits) -> None:
+    """Where no gradient flows, AdamW only shrinks: by lr × decay in each step."""
+    model = Mixed()
+    settings = Train(epochs=1, batch_size=90, lr=0.1, weight_decay=0.5, decay=decay)  # type: ignore[arg-type]
+    fit(model, PointTask(), data.train, None, settings)
+    assert model.grid["weight"].unique().tolist() == pytest.approx([0.95])
+    assert model.grid["bias"].unique().tolist() == pytest.approx([0.95 if decay == "all" else 1.0])
+    assert model.frozen.unique().tolist() == [1.0]
 
 
 def test_settings_that_cannot_be(data: Splits) -> None:

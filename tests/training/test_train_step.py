@@ -133,6 +133,8 @@ def test_a_wrap_must_undo_what_it_changed(job: Job) -> None:
         ({"scheduler": "StepLR", "scheduler_args": {"T_max": 3}}, "no argument 'T_max'. Arguments: step_size, gamma"),
         ({"scheduler": "LambdaLR"}, "LambdaLR is made of Python objects"),
         ({"scheduler_args": {"T_max": 3}}, "no scheduler is named"),
+        ({"decay": "matrices"}, "decay = 'matrices' says what weight_decay acts on, but weight_decay = 0"),
+        ({"decay": "norms", "weight_decay": 0.1}, "decay = 'norms'"),
         ({"epochs": 0}, "epochs = 0: Input should be greater than or equal to 1"),
         ({"lr": float("nan")}, "lr = nan"),
         ({"epoch": 3}, "unknown field 'epoch'. Did you mean 'epochs'?"),
