@@ -595,6 +595,13 @@ def test_optimizers_that_cannot_be_perturbed_are_refused() -> None:
         LEAP(SGD([p], lr=0.1, differentiable=True))
 
 
+def test_sharded_parameters_are_refused() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    p.device_mesh = object()  # type: ignore[attr-defined]  # what marks a DTensor
+    with pytest.raises(InvalidValue, match="sharded over devices"):
+        LEAP(SGD([p], lr=0.1))
+
+
 @pytest.mark.parametrize("rho", [0.0, 0.1])
 @pytest.mark.parametrize("closure", [False, True])
 def test_sparse_gradients_are_refused_before_anything_moves(rho: float, closure: bool) -> None:
