@@ -357,7 +357,7 @@ def randaugment_operation(
 ) -> np.ndarray:
     """One operation of RandAugment on one image, uint8 (H, W, C), at a magnitude of 0…10; see :func:`strength`."""
     amount = strength(operation, magnitude, sign)
-    return _to_array(RANDAUGMENT[operation](_to_pillow(image), amount, _draw_filter(interpolation), fill))
+    return _to_array(RANDAUGMENT[operation](_to_pillow(image), amount, _draw_filter(interpolation), fill)).copy()
 
 
 @dataclass(frozen=True)
