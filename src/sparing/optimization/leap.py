@@ -59,7 +59,7 @@ def leap_factor(xi: Float[Tensor, "..."], rho: float, clip: float | None = None)
     _not_negative("rho", rho)
     _positive("clip", clip)
     noise = rho * xi
-    return 1 + (noise if clip is None else noise.clamp(-clip, clip))
+    return (noise if clip is None else noise.clamp_(-clip, clip)).add_(1)
 
 
 def apply_leap(
@@ -332,12 +332,12 @@ class LEAP(Optimizer):
     def _perturb(self, parameter: Tensor, before: Tensor, rho: float, common: dict[str, Tensor]) -> None:
         """``common`` holds the one ξ of a scalar step."""
         if self.granularity != "scalar":
-            xi = self._draw(parameter)
+            factor = leap_factor(self._draw(parameter), rho, self.clip)
         else:
             if not common:
                 common["xi"] = self._draw(parameter)
-            xi = common["xi"].to(parameter.device)
-        parameter.copy_(apply_leap(before, parameter, leap_factor(xi, rho, self.clip)))
+            factor = leap_factor(common["xi"].to(parameter.device), rho, self.clip)
+        parameter.copy_(apply_leap(before, parameter, factor))
 
     def _draw(self, parameter: Tensor) -> Tensor:
         """Standard normal draws for one parameter, or one for all."""

@@ -471,7 +471,7 @@ def test_it_keeps_a_part_and_not_a_copy_of_the_model(chunk: int, tensors: int, m
     leap = LEAP(SGD(parameters, lr=0.1, foreach=False), rho=0.1)
     with Peak() as memory:
         leap.step()
-    assert tensors * 4000 <= memory.peak <= (tensors + 4) * 4000  # and a few of a single tensor's size
+    assert tensors * 4000 <= memory.peak <= (tensors + 2) * 4000  # and a few of a single tensor's size
 
 
 # --- resuming
