@@ -309,8 +309,8 @@ class LEAP(Optimizer):
                     before = {p: p.detach().clone() for p in part if rho and p not in self._excluded}
                     self.base.param_groups = [{**group, "params": part}]
                     self.base.step()
-                    for parameter, old in before.items():
-                        self._perturb(parameter, old, rho, common)
+                    for parameter in list(before):
+                        self._perturb(parameter, before.pop(parameter), rho, common)
         finally:
             self.base.param_groups = groups
 
