@@ -48,12 +48,16 @@ class Oracle(Mapping[str, np.ndarray]):
     def text(self, key: str) -> Any:
         return json.loads(str(self[key]))
 
-    def close(self, key: str, found: Any, tolerance: float) -> None:
-        """``found`` is the array ``key``, to ``tolerance``, if the file has it."""
+    def close(self, key: str, found: Any, tolerance: float, scaled: bool = False) -> None:
+        """``found`` is the array ``key``, to ``tolerance``, if the file has it.
+
+        ``scaled``: in units of the array's largest number, as rounding errors of gradients of large sums are.
+        """
         if key in self.arrays:
             found = found.detach().numpy() if isinstance(found, Tensor) else np.asarray(found)
             assert found.shape == self[key].shape, f"{self.name}: {key}: {found.shape}, not {self[key].shape}"
-            np.testing.assert_allclose(found, self[key], rtol=tolerance, atol=tolerance, err_msg=f"{self.name}: {key}")
+            absolute = tolerance * max(1.0, float(np.abs(self[key]).max(initial=0))) if scaled else tolerance
+            np.testing.assert_allclose(found, self[key], rtol=tolerance, atol=absolute, err_msg=f"{self.name}: {key}")
             self.compared += 1
 
     def equal(self, key: str, found: Sequence[Any] | int) -> None:
@@ -207,10 +211,10 @@ def training(oracle: Oracle, model: EMO, x: Tensor) -> None:
     oracle.close("train.label_smoothing_ce", loss, MODEL)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     oracle.equal("train.grad_names", list(gradients))
-    oracle.close("train.grad_norms", [float(grad.norm()) for grad in gradients.values()], MODEL)
+    oracle.close("train.grad_norms", [float(grad.norm()) for grad in gradients.values()], MODEL, scaled=True)
     for key in oracle:
         if key.startswith("train.grad."):
-            oracle.close(key, gradients[key.removeprefix("train.grad.")], MODEL)
+            oracle.close(key, gradients[key.removeprefix("train.grad.")], MODEL, scaled=True)
         if found := re.match(r"train\.(running_mean|running_var)\.(.+)", key):
             oracle.close(key, getattr(model.get_submodule(f"{found[2]}.norm"), found[1]), MODEL)
 
@@ -249,7 +253,7 @@ def units(oracle: Oracle) -> None:
         y = block.train()(x)
         oracle.close(f"{tag}.y_train", y, UNIT)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
-        oracle.close(f"{tag}.grad_x", gradient, UNIT)
+        oracle.close(f"{tag}.grad_x", gradient, UNIT, scaled=True)
 
 
 def schedules(oracle: Oracle) -> None:
