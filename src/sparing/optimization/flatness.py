@@ -30,7 +30,7 @@ class Sharpness(NamedTuple):
     values: Float[Tensor, "k"]
     """λ, with their sign."""
     residuals: Float[Tensor, "k"]
-    """|Hv − λv| / |λ|: how far each pair is from being one; more than ``tol`` where the iterations did not suffice."""
+    """‖Hv − λv‖ ÷ ‖λ‖: how far each pair is from being one; more than ``tol`` where the iterations did not suffice."""
     iterations: tuple[int, ...]
     """Hessian-vector products spent on each."""
 
@@ -115,7 +115,7 @@ def hessian_trace(model: nn.Module, loss_fn: Loss, data: Batches, n: int = 100, 
 def perturbation_flatness(
     model: nn.Module, loss: Callable[[nn.Module], Any], radius: float, n: int = 20, seed: int = 0
 ) -> Estimate:
-    """L(θ + r u) − L(θ), mean over ``n`` random directions u with |u| = 1 over all parameters together.
+    """L(θ + r u) − L(θ), mean over ``n`` random directions u with ‖u‖ = 1 over all parameters together.
 
     Args:
         model: copied; its parameters that require gradients are moved.
