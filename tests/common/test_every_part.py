@@ -21,6 +21,7 @@ NOT_BY_NAME = {
     "CustomTask": "is made of live data sets and functions",
     "ImageClassification": "is the base of image tasks",
     "Live": "wraps the model in training for its validation",
+    "_InMemory": "is made of the arrays an estimator is fitted on",
     "_Recorder": "stands in for another predictor while it is fed",
 }
 """Classes that no recipe and no folder can name, and why."""

@@ -359,10 +359,10 @@ def run(
     """Run a recipe and measure a row after every step.
 
     Either a ``recipe`` (object, file or packaged name), or ``task`` and ``steps`` (and ``model``: a module, a
-    registered name, ``{"name": …, field: value}`` or a saved model's folder; ``trained=True`` when a given module needs no training). ``seeds``: how
-    many, counted from the recipe's, or which. With ``out``, ledger, outcomes, recipe and the last row's model are
-    written there, the ledger after every row. Raises :class:`RecipeError` with every problem before anything is
-    computed.
+    registered name, ``{"name": …, field: value}`` or a saved model's folder; ``trained=True`` when a given module needs
+    no training). ``seeds``: how many, counted from the recipe's, or which. With ``out``, ledger, outcomes, recipe and
+    the last row's model are written there, the ledger after every row. Raises :class:`RecipeError` with every problem
+    before anything is computed.
     """
     recipe = _recipe_of(recipe, task, model, steps, trained, meter)
     recipe = replace(recipe, trust=(*recipe.trust, *trust))

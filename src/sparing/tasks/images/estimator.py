@@ -12,6 +12,7 @@ from sklearn.exceptions import NotFittedError
 
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import log_softmax
+from sparing.core.registry import resolve
 from sparing.core.task import Splits
 from sparing.data.images import ArrayImages, LabelledImages, stratified_cut
 from sparing.tasks.images.classification import ImageClassification
@@ -38,7 +39,7 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
         flip: probability of mirroring a training image; 0 for hands, digits and text.
         val_share: share of each class held out to watch the training (``curves_``).
         seed: decides weights, order and augmentation.
-        fields: further fields of the model, e.g. {"window_sizes": (8, 8, 4, 2)}.
+        fields: further fields of the model, e.g. {"window_sizes": (8, 8, 8, 4)}.
         store: where unfinished and finished work is kept; the user's cache folder by default.
 
     Attributes:
@@ -87,28 +88,29 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
         for step in self._steps():
             job = step.apply(job)
         assert job.predictor is not None
+        assert job.model is not None
         self.classes_, self.n_features_in_ = classes, int(np.prod(images.shape[1:]))
         self.predictor_, self.curves_ = job.predictor, dict(job.notes.curves)
         self._model, self._shape = job.model, images.shape[1:]
         return self
 
     def _steps(self) -> list[Step]:
-        from sparing.core.registry import resolve
-        from sparing.core.training import Train
-
-        steps = [resolve("steps", "augment")(flip=self.flip)]
-        if self.label_smoothing:
-            steps.append(resolve("steps", "smooth_labels")(smoothing=self.label_smoothing))
-        steps.append(resolve("steps", "warmup_cosine")())
-        training = Train(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            decay="matrices",
-            gradient_clip=5.0,
-        )
-        return [*steps, training]
+        fields: dict[str, dict[str, Any]] = {
+            "augment": {"flip": self.flip},
+            "smooth_labels": {"epsilon": self.label_smoothing},
+            "warmup_cosine": {},
+            "train": {
+                "epochs": self.epochs,
+                "batch_size": self.batch_size,
+                "lr": self.lr,
+                "weight_decay": self.weight_decay,
+                "decay": "matrices",
+                "gradient_clip": 5.0,
+            },
+        }
+        if not self.label_smoothing:
+            del fields["smooth_labels"]
+        return [resolve("steps", name)(**values) for name, values in fields.items()]
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (n, classes) of uint8 images (n, H, W) or (n, H, W, C), resized to the size ``fit`` saw."""
@@ -116,7 +118,7 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
         predictor = self._fitted()
         if images.shape[3] != self._shape[2]:
             raise DataError(f"images of {images.shape[3]} channels; {self._shape[2]}, as in fit, are expected")
-        batches = [predictor.predict(images[start : start + 256]) for start in range(0, len(images), 256)]
+        batches = [predictor.predict(list(images[start : start + 256])) for start in range(0, len(images), 256)]
         return np.concatenate(batches)
 
     def predict_proba(self, X: Any) -> np.ndarray:
