@@ -207,19 +207,19 @@ class Windows:
 
     def split(self, x: Float[Tensor, "b channels padded_h padded_w"], heads: int) -> Float[Tensor, "bn heads c l"]:
         """(B, heads·C, H', W') → (B·n1·n2, heads, C, rows·columns)."""
-        parts = x.unflatten(1, (heads, -1))
-        if self.number == (1, 1):
-            return parts.flatten(3)
-        sizes, order, _ = self._axes
-        cut = parts.unflatten(4, sizes[2:]).unflatten(3, sizes[:2]).permute(order)
-        return cut.flatten(5).flatten(0, 2)
+        channels = int(x.shape[1]) // heads
+        if self.number != (1, 1):
+            sizes, order, _ = self._axes
+            x = x.reshape(-1, heads, channels, *sizes).permute(order)
+        return x.reshape(-1, heads, channels, math.prod(self.shape))
 
     def join(self, windows: Float[Tensor, "bn heads c l"]) -> Float[Tensor, "b channels padded_h padded_w"]:
         """The way back from :meth:`split`."""
-        joined = windows.unflatten(3, self.shape)
+        heads, channels = int(windows.shape[1]), int(windows.shape[2])
+        (rows, columns), (n1, n2) = self.shape, self.number
         if self.number != (1, 1):
-            joined = joined.unflatten(0, (-1, *self.number)).permute(self._axes[2]).flatten(5).flatten(3, 4)
-        return joined.flatten(1, 2)
+            windows = windows.reshape(-1, n1, n2, heads, channels, rows, columns).permute(self._axes[2])
+        return windows.reshape(-1, heads * channels, rows * n1, columns * n2)
 
 
 def window_index(height: int, width: int, size: int, mode: Mode = "strided") -> Int[Tensor, "n rows columns"]:
@@ -244,12 +244,15 @@ def window_attention(
     ``qk`` (B, 2C, H', W') holds the queries and then the keys, each of them head by head; ``v`` any number of channels
     that ``heads`` divides. Padded pixels take part as keys, unless ``pad_mask`` gives them a weight of zero.
     """
-    q, k = (windows.split(part, heads) for part in qk.chunk(2, dim=1))
-    scores = (q * q.shape[2] ** -0.5).transpose(2, 3) @ k
+    # sizes are constants where a graph is traced, so that no shape is worked out when it runs
+    q, k = (windows.split(part, heads) for part in qk.split(int(qk.shape[1]) // 2, dim=1))
+    scores = (q * int(q.shape[2]) ** -0.5).transpose(2, 3) @ k
     if pad_mask and any(windows.padding):
         real = windows.pad(qk.new_ones((1, 1, windows.height, windows.width)))
-        masked = windows.split(real, 1)[:, :, 0, None] == 0  # (n1·n2, 1, 1, l)
-        scores = scores.unflatten(0, (-1, len(masked))).masked_fill(masked, -math.inf).flatten(0, 1)
+        padded = windows.split(real, 1)[:, :, 0, None] == 0  # (n1·n2, 1, 1, l)
+        length = math.prod(windows.shape)
+        of_each_image = scores.reshape(-1, math.prod(windows.number), heads, length, length)
+        scores = of_each_image.masked_fill(padded, -math.inf).reshape(-1, heads, length, length)
     weights = scores.softmax(-1)
     if attn_drop is not None:
         weights = attn_drop(weights)
