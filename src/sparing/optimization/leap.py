@@ -51,7 +51,7 @@ def leap_factor(xi: Float[Tensor, "..."], rho: float, clip: float | None = None)
         xi: ξ, standard normal draws of any shape.
         rho: ρ ≥ 0, the standard deviation relative to the learning rate; σ/η for noise of a fixed size σ (section 3 of
             the paper adds h ~ N(0, σ² I) to the rate η).
-        clip: bound on ‖ρ ξ‖, more than 0; below 1 no rate turns negative. None: no bound.
+        clip: bound on the size of ρ ξ, more than 0; below 1 no rate turns negative. None: no bound.
 
     Raises:
         InvalidValue: ρ negative or not finite, a bound that is not positive.
