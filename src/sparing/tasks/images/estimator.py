@@ -127,7 +127,8 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest label of each image (n,)."""
-        return self.classes_[self.decision_function(X).argmax(axis=1)]
+        logits = self.decision_function(X)
+        return self.classes_[logits.argmax(axis=1)]
 
     def report(self) -> CostReport:
         """What one image costs: parameters, bytes, multiply-accumulates, memory, latency on this machine."""
