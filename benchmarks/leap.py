@@ -236,8 +236,8 @@ def measure_overhead(rounds: int = 15, steps: int = 20) -> list[Claim]:
             gate=False,
             interval95=t_interval(ratios),
             baselines=[
-                *({"name": f"training step, {name}, CPU ms", "figure": statistics.median(v)} for name, v in whole.items()),
-                *({"name": f"its optimizer, {name}, CPU ms", "figure": statistics.median(v)} for name, v in alone.items()),
+                *({"name": f"step, {name}, CPU ms", "figure": statistics.median(v)} for name, v in whole.items()),
+                *({"name": f"optimizer, {name}, CPU ms", "figure": statistics.median(v)} for name, v in alone.items()),
                 *({"name": f"extra memory, {name}, × weights", "figure": value} for name, value in memory.items()),
             ],
             details={"rounds": rounds, "steps": steps, "batch": 128, "parameters": size // 4, "optimizer": "AdamW",
