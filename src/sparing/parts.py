@@ -96,14 +96,16 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "emo": Part(
             "sparing.models.emo:EMO",
-            "EMO image backbone: five stages of inverted residual mobile blocks, then a linear layer (Zhang et al. 2023).",
+            "EMO image backbone: five stages of inverted residual mobile blocks, then a linear layer (Zhang et al. "
+            "2023).",
         ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(
             "sparing.models.mobilenet:MobileNet",
-            "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear layer.",
+            "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear "
+            "layer.",
         ),
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
