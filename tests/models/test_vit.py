@@ -128,6 +128,6 @@ def test_saved_and_exported_it_computes_the_same(block: str, tmp_path: Path) -> 
 
 
 def test_patches_begin_as_the_linear_layer_they_are() -> None:
-    weight = ViT().patch_embed.weight
+    weight = ViT().patch_embed.weight.detach()
     bound = math.sqrt(6 / (64 + 3 * 64))
     assert 0.95 * bound < float(weight.abs().max()) <= bound
