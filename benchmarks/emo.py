@@ -232,7 +232,7 @@ def measure_fashion_mnist(seeds: int = 3) -> list[Claim]:
     small = {"variant": "0.14M-32px"}
     arms = {arm: {**model, **(small if model["name"] == "emo" else {})} for arm, model in ARMS.items()}
     task = {"name": "fashion_mnist", "train_limit": 10_000}
-    return _ablation("emo_fashion", "Fashion-MNIST, 10,000 images", task, arms, recipe(epochs=8), seeds)
+    return _ablation("emo_fashion", "Fashion-MNIST, 10,000 images", task, arms, recipe(epochs=6), seeds)
 
 
 def _ablation(
