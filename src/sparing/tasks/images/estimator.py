@@ -130,6 +130,10 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
         logits = self.decision_function(X)
         return self.classes_[logits.argmax(axis=1)]
 
+    def score(self, X: Any, y: Sequence[Any] | np.ndarray) -> float:
+        """Share of images whose label is predicted."""
+        return float(np.mean(self.predict(X) == np.asarray(y)))
+
     def report(self) -> CostReport:
         """What one image costs: parameters, bytes, multiply-accumulates, memory, latency on this machine."""
         from sparing.core.cost import cost_report
