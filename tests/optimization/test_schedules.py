@@ -108,9 +108,21 @@ def test_two_schedules_and_a_schedule_without_training_are_refused():
         )
     with pytest.raises(RecipeError, match="promises training"):
         sparing.run(task=tiny_task(), steps=[WarmupCosine()], meter=QUICK, store=None)
+    with pytest.raises(RecipeError, match="'train' sets the training plan's scheduler, which 'warmup_cosine'"):
+        sparing.run(
+            task=tiny_task(), steps=[WarmupCosine(), Train(epochs=1, scheduler="cosine")], meter=QUICK, store=None
+        )
     plan = TrainingPlan().adding(scheduler=WarmupCosine().scheduler)
     with pytest.raises(IncompatibleStep, match="scheduler is already set"):
         plan.adding(scheduler=WarmupCosine().scheduler)
+    task = tiny_task()
+    with pytest.raises(IncompatibleStep, match="warmup_steps = 3 would have no effect"):
+        fit(task.default_model(), task, task.splits(None).train, None, Train(epochs=1, warmup_steps=3), plan)
+
+
+def test_a_schedule_of_the_training_before_does_not_stand_in_the_way():
+    steps = [Train(epochs=1, scheduler="cosine"), WarmupCosine(), Train(id="more", epochs=1)]
+    assert len(sparing.plan(sparing.core.recipe.Recipe(tiny_task(), steps)).recipe.steps) == 3
 
 
 def test_a_peak_below_the_start_is_refused_with_its_value():

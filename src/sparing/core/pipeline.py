@@ -264,14 +264,14 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
         stand.capabilities = (stand.capabilities - step.removes) | step.gives
         for promise in step.realises:
             stand.promises.pop(promise, None)
-        if "training" in step.realises:
-            stand.slots.clear()
         for slot in step.slots:
             if slot in stand.slots:
                 problems.append(
                     f"{place}: {step.id!r} sets the training plan's {slot}, which {stand.slots[slot]} has set"
                 )
             stand.slots[slot] = f"{step.id!r} at {place}"
+        if "training" in step.realises:
+            stand.slots.clear()
         for promise in step.promises:
             stand.promises[promise] = (step, place)
         if "trained" in stand.capabilities:

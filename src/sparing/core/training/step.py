@@ -105,6 +105,11 @@ class Train(Step):
 
             _checked("scheduler", self.scheduler, self.scheduler_args, scheduler_class)
 
+    @property
+    def slots(self) -> frozenset[str]:  # type: ignore[override]  # filled for this very training
+        """The schedule, if one is asked for here."""
+        return frozenset({"scheduler"} if self.scheduler or self.warmup_steps else ())
+
     def check(self, task: Task) -> None:
         """Lightning takes the devices, strategy and precision, where others than its defaults are asked for."""
         super().check(task)
