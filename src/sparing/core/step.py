@@ -56,7 +56,7 @@ class Step:
     realises: ClassVar[frozenset[str]] = frozenset()
     """Promises of earlier steps that this step makes real."""
     slots: ClassVar[frozenset[str]] = frozenset()
-    """Exclusive slots of the training plan this step fills; up to and with a training no two steps may fill the same."""
+    """Exclusive slots of the training plan this step fills; no two steps up to and with a training may fill one."""
     by_clock: ClassVar[bool] = False
     """Whether the step chooses by timings; the recipe's meter is then part of what its result depends on."""
     source: ClassVar[str] = ""
