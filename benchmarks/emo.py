@@ -233,11 +233,11 @@ def measure_equal_parameters(seeds: int = 3) -> list[Claim]:
 
 
 def measure_fashion_mnist(seeds: int = 3) -> list[Claim]:
-    """The same on Fashion-MNIST: 10,000 training images of 28×28."""
+    """The same on Fashion-MNIST: 5,000 training images of 28×28."""
     small = {"variant": "0.14M-32px"}
     arms = {arm: {**model, **(small if model["name"] == "emo" else {})} for arm, model in ARMS.items()}
-    task = {"name": "fashion_mnist", "train_limit": 10_000}
-    return _ablation("emo_fashion", "Fashion-MNIST, 10,000 images", task, arms, recipe(epochs=6), seeds)
+    task = {"name": "fashion_mnist", "train_limit": 5_000}
+    return _ablation("emo_fashion", "Fashion-MNIST, 5,000 images", task, arms, recipe(epochs=6), seeds)
 
 
 def _ablation(
