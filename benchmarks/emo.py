@@ -18,7 +18,6 @@ import numpy as np
 
 from _claims import Claim, main
 from sparing import Quantize, SparingError, Train, run
-from sparing.core.cost import mac_count
 from sparing.core.ledger import CPU, MODEL_BYTES, P50, Ledger, cross_difference
 from sparing.core.predictor import ModulePredictor, build_model
 from sparing.core.randomness import isolated_rng
@@ -145,6 +144,8 @@ def _cpu(ledger: Ledger) -> list[float]:
 def measure_counts() -> list[Claim]:
     """Parameters and multiply-accumulates of the four published sizes."""
     import torch
+
+    from sparing.core.cost import mac_count
 
     found = {}
     for variant in PUBLISHED:
