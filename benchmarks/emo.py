@@ -225,7 +225,7 @@ def measure_block_in_vit(seeds: int = 5) -> list[Claim]:
     ledgers = race(SIGNS, VIT_ARMS, recipe(epochs=30), seeds)
     statement = "in a small plain ViT, iRMB gains over the transformer block at equal parameters (photographs of hands)"
     ours, plain = ledgers["iRMB"], ledgers["plain block"]
-    return [versus("emo_block_in_vit", statement, ours, plain, "plain block", ISSUE, threshold=2.0, gate=True, also=())]
+    return [versus("emo_block_in_vit", statement, ours, plain, "plain block", ISSUE, at_least=2.0)]
 
 
 def measure_equal_parameters(seeds: int = 3) -> list[Claim]:
