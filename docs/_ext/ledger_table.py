@@ -59,7 +59,7 @@ def transposed(ledger: Ledger, names: tuple[str, ...] | None = None) -> tuple[li
 def origin(ledger: Ledger) -> str:
     """Where, when and how the figures were measured."""
     machine, packages = ledger.environment, ledger.environment["packages"]
-    row = ledger.rows[0]
+    row = next(row for row in ledger.rows if columns.key(row.seed, row.id) in ledger.outcomes)  # the first measured
     units = len(ledger.outcomes[columns.key(row.seed, row.id)])
     seeds = f"seed {row.seed}" if len(ledger.seeds) == 1 else f"{len(ledger.seeds)} seeds"
     return (

@@ -132,7 +132,7 @@ class StepReference(Rendered):
     def text(self, argument: str) -> str:
         cls = resolve("steps", argument)
         names = ("needs", "gives", "removes", "slots", "promises", "realises")
-        sets = [(name, ", ".join(f"``{x}``" for x in sorted(getattr(cls, name)))) for name in names]
+        sets = [(name, declared(getattr(cls, name))) for name in names]
         facts = [("stage", cls.stage.value), *((name, value) for name, value in sets if value)]
         facts += [("class", f":class:`{cls.__module__}.{cls.__qualname__}`"), ("source", cls.source)]
         listed = "\n".join(f":{name}: {value}" for name, value in facts)
@@ -228,6 +228,13 @@ def footnote(result: dict[str, Any]) -> str:
 
     parts_ = [flat(result["machine"]), flat(result["versions"]), f"revision {result['revision']}"]
     return f"Measured in {number(round(result['wall_s']))} s: {'; '.join(parts_)}."
+
+
+def declared(words: Any) -> str:
+    """A step's declaration: its words, or what its property says where it depends on the fields."""
+    if isinstance(words, property):
+        return (words.__doc__ or "").strip()
+    return ", ".join(f"``{word}``" for word in sorted(words))
 
 
 class MeasuredLedger(Rendered):
