@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, elu, linear, relu
 
 from sparing.core.errors import InvalidValue, MissingDependency
+from sparing.models.convnet import whole
 
 if TYPE_CHECKING:
     from torch_geometric.nn import SAGEConv
@@ -47,16 +48,11 @@ class _NodeClassifier(nn.Module, ABC):
     def __init__(self, in_features: int, num_classes: int, hidden: int, depth: int, dropout: float) -> None:
         super().__init__()
         sizes = {"in_features": in_features, "num_classes": num_classes, "hidden": hidden, "depth": depth}
-        for name, value in sizes.items():
-            self._whole(name, value)
+        whole(type(self).__name__, **sizes)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise InvalidValue(f"{type(self).__name__}: dropout = {dropout!r}; 0 ≤ dropout < 1 is expected")
         self.in_features, self.dropout = in_features, float(dropout)
         self.layers = nn.ModuleList()
-
-    def _whole(self, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidValue(f"{type(self).__name__}: {name} = {value!r}; a whole number of at least 1 is expected")
 
     def _check(self, x: Tensor, edge_index: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.in_features:
@@ -150,7 +146,7 @@ class GAT(_NodeClassifier):
         heads: int = 8,
     ) -> None:
         super().__init__(in_features, num_classes, hidden, depth, dropout)
-        self._whole("heads", heads)
+        whole("GAT", heads=heads)
         conv = _layers().GATConv
         widths = [in_features, *[hidden * heads] * (depth - 1)]
         for number in range(depth - 1):
