@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import secrets
 import shutil
@@ -211,6 +212,23 @@ def read_bytes(source: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         if len(content) != size:
             raise CorruptFile(f"{source} changed from {size} to {len(content)} bytes or more while it was read")
         return content
+    except OSError as error:
+        raise _storage_error("read", source, error) from error
+
+
+def map_bytes(source: Path, limit: int = MAX_FILE_BYTES) -> memoryview:
+    """The content of a regular file, mapped into memory read-only: all processes that map it share one copy.
+
+    Whoever replaces the file by another (as everything here does) leaves the mapping as it is; a file that is shortened
+    in place takes the process down when the missing part is read.
+    """
+    try:
+        _must_be_file(source)
+        with source.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise CorruptFile(f"{source} holds {size} bytes, more than the {limit} a file of this kind may have")
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     except OSError as error:
         raise _storage_error("read", source, error) from error
 

@@ -116,7 +116,7 @@ def plan(
     task, meter = _task(recipe, problems), _meter(recipe, problems)
     if task is not None:
         of_model = _planned_model(recipe, task, problems)
-        check_steps(recipe, task, of_model, problems)
+        check_steps(recipe, task, of_model, problems, whole=until is None)
     if problems or task is None or meter is None:
         raise RecipeError(problems)
     planned, remarks = _look_up(recipe, task, meter, Path(data) if data else None, _store(store))
@@ -207,8 +207,13 @@ def capabilities_of(model: Any) -> frozenset[str]:
     return frozenset(getattr(model, "capabilities", ())) | {"module"}
 
 
-def check_steps(recipe: Recipe, task: Task, of_model: frozenset[str], problems: list[str]) -> None:
-    """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names."""
+def check_steps(
+    recipe: Recipe, task: Task, of_model: frozenset[str], problems: list[str], *, whole: bool = True
+) -> None:
+    """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names.
+
+    Promises may stay open unless the recipe is the ``whole`` of what is to be run.
+    """
     capabilities = task.capabilities | of_model
     stand = _Standing(set(capabilities), task)
     if recipe.trained:
@@ -222,7 +227,7 @@ def check_steps(recipe: Recipe, task: Task, of_model: frozenset[str], problems: 
             )
         ids.append(step.id)
     _check_sequence([(recipe.place(index), step) for index, step in enumerate(recipe.steps)], stand, problems)
-    for promise, (step, place) in stand.promises.items():
+    for promise, (step, place) in stand.promises.items() if whole else ():
         realisers = _steps_with("realises", promise)
         problems.append(
             f"{place}: {step.id!r} promises {promise}, which no later step realises; "
