@@ -134,9 +134,7 @@ def nest(parts: Mapping[str, Predictor]) -> tuple[dict[str, bytes], dict[str, An
     return payload, manifests
 
 
-def unnest(
-    files: Mapping[str, Any], manifests: Mapping[str, Any], trust: Collection[str] = ()
-) -> dict[str, Predictor]:
+def unnest(files: Mapping[str, Any], manifests: Mapping[str, Any], trust: Collection[str] = ()) -> dict[str, Predictor]:
     """The predictors that :func:`nest` packed, by name."""
     parts = {}
     for name, value in manifests.items():
