@@ -48,6 +48,14 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "steps": {
+        "block_prune": Part(
+            "sparing.compression.pruning:BlockPrune",
+            "Prune blocks of weights in the next training, gradually, by their magnitude.",
+        ),
+        "lock_pattern": Part(
+            "sparing.compression.pruning:LockPattern",
+            "Keep the zeros of a pruned model through the next training.",
+        ),
         "augment": Part(
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
