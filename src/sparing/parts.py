@@ -48,6 +48,14 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "steps": {
+        "block_prune": Part(
+            "sparing.compression.pruning:BlockPrune",
+            "Prune blocks of weights in the next training, gradually, by their magnitude.",
+        ),
+        "lock_pattern": Part(
+            "sparing.compression.pruning:LockPattern",
+            "Keep the zeros of a pruned model through the next training.",
+        ),
         "augment": Part(
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
@@ -90,6 +98,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "models": {
+        "bert": Part(
+            "sparing.models.bert:Bert",
+            "Transformer encoder for texts with post-norm blocks and one of five heads (Devlin et al. 2019).",
+        ),
         "convnet": Part(
             "sparing.models.convnet:ConvNet",
             "Plain ReLU convolutional network: stages at halving resolution, then a linear layer.",
