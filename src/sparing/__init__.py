@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
     from sparing.compression.pruning_lightning import BlockPruning
+    from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
     from sparing.core.cost import cost_report
     from sparing.core.errors import (
@@ -61,6 +62,7 @@ _HOMES = {
         "lock_pattern",
     ),
     "sparing.compression.pruning_lightning": ("BlockPruning",),
+    "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
     "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
@@ -153,6 +155,7 @@ __all__ = [
     "lock_pattern",
     "perturbation_flatness",
     "plan",
+    "quantize_ptq",
     "run",
     "sharpness",
     "step",
