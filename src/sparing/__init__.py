@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
+    from sparing.compression.pruning_lightning import BlockPruning
+    from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
     from sparing.core.cost import cost_report
     from sparing.core.errors import (
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from sparing.core.training import Train
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
-    from sparing.distillation.logits import Distil
+    from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
@@ -51,6 +54,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparing.compression.pruning": (
+        "BlockMagnitudePruner",
+        "BlockPrune",
+        "CubicSchedule",
+        "LockPattern",
+        "lock_pattern",
+    ),
+    "sparing.compression.pruning_lightning": ("BlockPruning",),
+    "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
     "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
@@ -78,7 +90,7 @@ _HOMES = {
     "sparing.core.training": ("Train",),
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
-    "sparing.distillation.logits": ("Distil",),
+    "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -95,10 +107,15 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "LEAP",
     "Augment",
+    "BlockMagnitudePruner",
+    "BlockPrune",
+    "BlockPruning",
     "CorruptFile",
+    "CubicSchedule",
     "CustomTask",
     "DataError",
     "Distil",
+    "DistillationLoss",
     "Ema",
     "Export",
     "ImageClassification",
@@ -108,6 +125,7 @@ __all__ = [
     "LEAPCallback",
     "Leap",
     "Ledger",
+    "LockPattern",
     "MissingDependency",
     "NoEffect",
     "NodeClassification",
@@ -119,6 +137,7 @@ __all__ = [
     "Step",
     "StoreError",
     "Task",
+    "Teacher",
     "Train",
     "TrainingDiverged",
     "Transfer",
@@ -133,8 +152,10 @@ __all__ = [
     "hessian_trace",
     "leap_factor",
     "load",
+    "lock_pattern",
     "perturbation_flatness",
     "plan",
+    "quantize_ptq",
     "run",
     "sharpness",
     "step",

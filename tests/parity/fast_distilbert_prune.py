@@ -111,7 +111,9 @@ def distillation(arrays: Arrays) -> int:
     assert found, f"{totals[0]} is not understood"
     alpha_ce, alpha_kd, temperature = map(float, found.groups())
     near(DistillationLoss(1, 0, temperature)(student, teacher, label).item(), arrays["kd/cross_entropy"], "CE", 1e-6)
-    near(DistillationLoss(0, 1, temperature)(student, teacher, label).item(), arrays["kd/kd_term_unweighted"], "KD", 1e-6)
+    near(
+        DistillationLoss(0, 1, temperature)(student, teacher, label).item(), arrays["kd/kd_term_unweighted"], "KD", 1e-6
+    )
     total = DistillationLoss(alpha_ce, alpha_kd, temperature)(student, teacher, label)
     near(total.item(), arrays[totals[0]], totals[0], 1e-6)
     total.backward()

@@ -83,10 +83,7 @@ def block_mask(
         )
     scores = block_scores(weight, block, score).float()
     count = int(sparsity * scores.numel() + GUARD)
-    if count:
-        kept = scores > scores.flatten().kthvalue(count).values
-    else:
-        kept = torch.ones_like(scores, dtype=torch.bool)
+    kept = scores > scores.flatten().kthvalue(count).values if count else torch.ones_like(scores, dtype=torch.bool)
     return kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
@@ -405,7 +402,7 @@ def _fold(layer: nn.Module) -> None:
     held: Any = layer.parametrizations
     weight = held.weight.original
     with torch.no_grad():
-        weight.copy_(layer.weight)  # type: ignore[arg-type]
+        weight.copy_(layer.weight)
     del layer.parametrizations
     layer.__class__ = type(layer).__bases__[0]
     others = dict(layer._parameters)
@@ -477,8 +474,8 @@ class BlockMagnitudePruner(Masks):
             for name, layer in taken.items()
             if found[name] is None
         }
-        for name, mask in made.items():  # all were checked before the first is put in place
-            parametrize.register_parametrization(taken[name], "weight", BlockMask(mask, block))
+        for name, first in made.items():  # all were checked before the first is put in place
+            parametrize.register_parametrization(taken[name], "weight", BlockMask(first, block))
         masks = {name: mask for name, layer in taken.items() if (mask := _mask_of(layer)) is not None}
         super().__init__(model, masks, block, passed)
 
@@ -517,7 +514,7 @@ def lock_pattern(model: nn.Module, exclude: Sequence[str] = ()) -> Masks:
     for name, layer in taken.items():
         if _mask_of(layer) is not None:
             raise IncompatibleStep(f"{name} has a mask already; fold it with apply_() before its pattern is locked")
-        pattern = layer.weight.detach() != 0  # type: ignore[operator,union-attr]
+        pattern = layer.weight.detach() != 0  # type: ignore[operator]
         zeros = pattern.numel() - int(pattern.sum())
         if zeros == 0:
             passed[name] = "no weight is zero"

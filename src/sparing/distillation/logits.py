@@ -269,7 +269,7 @@ class Distil(Train):
 
         if self.model is None:
             return job.fresh_model()
-        if hasattr(self.model, "state_dict"):
+        if hasattr(self.model, "state_dict") and not isinstance(self.model, type):
             return copy.deepcopy(self.model)
         if callable(self.model):
             with isolated_rng("model", job.seed):
