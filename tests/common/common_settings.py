@@ -164,12 +164,18 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
+    "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
+    "ag_news": lambda data, scratch: TaskCase(lambda: registered_task("ag_news", train_limit=2000), data),
+    "trec": lambda data, scratch: TaskCase(lambda: registered_task("trec"), data),
+    "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
     ),
 }
 """Name → (data folder, scratch folder) → case."""
-NEEDS_DATA = frozenset({"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer"})
+NEEDS_DATA = frozenset(
+    {"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer", "sst2", "ag_news", "trec", "masked_lm"}
+)
 
 
 def registered_task(name: str, **fields):
@@ -179,7 +185,18 @@ def registered_task(name: str, **fields):
     return resolve("tasks", name)(**fields)
 
 
+def few_texts() -> sparing.Task:
+    """Texts of two kinds, of different lengths, and a vocabulary of their own."""
+    words = np.random.RandomState(0).choice(list("abcdefgh"), (90, 7))
+    texts = [" ".join([*row[: 2 + number % 6], "red" if number % 2 else "green"]) for number, row in enumerate(words)]
+    return sparing.TextClassification("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
+
+
+SMALL_BERT = {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.0}
+"""Fields of a bert for :func:`few_texts`."""
+
 MODELS = {
+    "bert": ModelCase("bert", few_texts, SMALL_BERT),
     "convnet": ModelCase("convnet", Digits, {"widths": [4, 8]}),
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),

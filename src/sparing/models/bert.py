@@ -118,19 +118,19 @@ class EncoderBlock(nn.Module):
 class ClassifierHead(nn.Module):
     """The first token, a dense layer with its activation where there is one, dropout, a linear layer.
 
-    Shapes: (N, T, dim) → logits (N, num_classes).
+    Shapes: (N, T, dim) → logits (N, classes).
     """
 
-    def __init__(self, dim: int, num_classes: int, pooler: Pooler, dropout: float) -> None:
+    def __init__(self, dim: int, classes: int, pooler: Pooler, dropout: float) -> None:
         super().__init__()
         self.activation = {"none": None, "tanh": torch.tanh, "relu": torch.relu}[pooler]
         if pooler != "none":
             self.pooler = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(dim, num_classes)
+        self.classifier = nn.Linear(dim, classes)
 
     def forward(self, hidden: Float[Tensor, "n t dim"]) -> Float[Tensor, "n classes"]:
-        """(N, T, dim) → (N, num_classes)."""
+        """(N, T, dim) → (N, classes)."""
         first = hidden[:, 0]
         if self.activation is not None:
             first = self.activation(self.pooler(first))
