@@ -68,6 +68,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.compression.pruning:BlockPrune",
             "Prune blocks of weights in the next training, gradually, by their magnitude.",
         ),
+        "shrink": Part(
+            "sparing.compression.shrinking:Shrink",
+            "Cut whole neurons, channels and attention heads out of the model, so that it is smaller in every runtime.",
+        ),
         "lock_pattern": Part(
             "sparing.compression.pruning:LockPattern",
             "Keep the zeros of a pruned model through the next training.",
