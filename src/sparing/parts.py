@@ -55,6 +55,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.text.published:TREC",
             "TREC: questions by what they ask for, 6 coarse classes or 50 fine ones (Li and Roth 2002).",
         ),
+        "text_file": Part(
+            "sparing.tasks.text.own:TextFile",
+            "Your own texts: a TSV or CSV file with a column of texts and one of labels, or a folder train/val/test of "
+            "such.",
+        ),
         "masked_lm": Part(
             "sparing.tasks.text.masked_lm:MaskedLM",
             "Masked language modelling: pre-train a text encoder on unlabelled texts (Devlin et al. 2019).",

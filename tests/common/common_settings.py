@@ -157,6 +157,15 @@ def image_folder(place: Path) -> Path:
     return place
 
 
+def text_table(place: Path) -> Path:
+    """A CSV file of a few texts."""
+    path = place / "texts.csv"
+    if not path.exists():
+        rows = [f'"{" ".join(row)}, or not",{number % 2}' for number, row in enumerate(word_rows())]
+        path.write_text("\n".join(["text,label", *rows]), "utf8")
+    return path
+
+
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
@@ -167,6 +176,9 @@ TASKS = {
     "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
     "ag_news": lambda data, scratch: TaskCase(lambda: registered_task("ag_news", train_limit=2000), data),
     "trec": lambda data, scratch: TaskCase(lambda: registered_task("trec"), data),
+    "text_file": lambda data, scratch: TaskCase(
+        lambda: registered_task("text_file", path=str(text_table(scratch)), length=10, vocab_size=60)
+    ),
     "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
@@ -185,10 +197,15 @@ def registered_task(name: str, **fields):
     return resolve("tasks", name)(**fields)
 
 
+def word_rows() -> list[list[str]]:
+    """Ninety lists of three to eight words, whose last one tells two kinds apart."""
+    words = np.random.RandomState(0).choice(["some", "words", "that", "mean", "nothing", "at", "all"], (90, 7))
+    return [[*row[: 2 + number % 6].tolist(), "red" if number % 2 else "green"] for number, row in enumerate(words)]
+
+
 def few_texts() -> sparing.Task:
     """Texts of two kinds, of different lengths, and a vocabulary of their own."""
-    words = np.random.RandomState(0).choice(list("abcdefgh"), (90, 7))
-    texts = [" ".join([*row[: 2 + number % 6], "red" if number % 2 else "green"]) for number, row in enumerate(words)]
+    texts = [" ".join(row) for row in word_rows()]
     return sparing.TextClassification("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
 
 

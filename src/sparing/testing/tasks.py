@@ -204,7 +204,11 @@ def its_corruptions_are_the_same_every_time(case: TaskCase, folder: Path) -> Non
     Where the task's examples say that sizes are free, as the lengths of texts are, only the numbers of sizes are equal.
     """
     three, two = case.task.example_input(3), case.task.example_input(2)
-    look = np.ndim if any(None in shape for shape in _fixed(three, three, two)) else np.shape
+    free = any(None in shape for shape in _fixed(three, three, two))
+
+    def look(leaf: Any) -> Any:
+        return np.ndim(leaf) if free else np.shape(leaf)
+
     for name, worse in case.task.corruptions(case.splits.test).items():
         assert len(worse) == len(case.splits.test), name
         clean, first, again = case.splits.test[0], worse[0], case.task.corruptions(case.splits.test)[name][0]

@@ -75,11 +75,6 @@ class TextTask(Task):
             raise InvalidValue(f"{self.name}: {name} = {value!r}; a whole number of at least 1 is expected, or none")
         return value
 
-    def _share(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise InvalidValue(f"{self.name}: {name} = {value!r}; a share above 0 and below 1 is expected")
-        return float(value)
-
     @abstractmethod
     def training_texts(self, root: Path) -> Sequence[str]:
         """The texts this task trains on, of which a vocabulary of its own is made."""

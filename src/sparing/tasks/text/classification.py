@@ -125,6 +125,18 @@ class ClassifiedTexts(TextTask):
         return {**super().definition(), "shares": dict(self.shares)}
 
 
+def cut_shares(task: str, **shares: float) -> dict[str, float]:
+    """``shares`` (split → share of each class), or :class:`InvalidValue` naming the one that is none."""
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise InvalidValue(f"{task}: {name}_share = {share!r}; a share above 0 and below 1 is expected")
+    if sum(shares.values()) >= 1:
+        raise InvalidValue(
+            f"{task}: {' + '.join(f'{name}_share' for name in shares)} = {sum(shares.values())}; below 1 is expected"
+        )
+    return {name: float(share) for name, share in shares.items()}
+
+
 class TextClassification(ClassifiedTexts):
     """Your own texts, given as lists, with one label each.
 
@@ -165,7 +177,7 @@ class TextClassification(ClassifiedTexts):
             raise InvalidValue(f"name = {name!r}; a task needs a name")
         self.name = name
         super().__init__(length, vocabulary, vocab_size, lowercase)
-        self.shares = self._cut_shares(test_share, val_share, calibration_share)
+        self.shares = cut_shares(name, test=test_share, val=val_share, calibration=calibration_share)
         classes = sorted({_as_name(label) for label in labels})
         if len(classes) < 2:
             raise DataError(f"{name}: the {len(labels)} labels are all {classes}; at least two classes are expected")
@@ -175,13 +187,6 @@ class TextClassification(ClassifiedTexts):
             for part, pair in (("train", (texts, labels)), ("test", test), ("val", val))
             if pair is not None
         }
-
-    def _cut_shares(self, test: float, val: float, calibration: float) -> dict[str, float]:
-        shares = {"test": test, "val": val, "calibration": calibration}
-        shares = {name: self._share(f"{name}_share", share) for name, share in shares.items()}
-        if sum(shares.values()) >= 1:
-            raise InvalidValue(f"{self.name}: the shares of {', '.join(shares)} are {sum(shares.values())}; below 1")
-        return shares
 
     def _numbered(self, part: str, texts: Sequence[str], labels: Sequence[Any]) -> Labelled:
         if len(texts) != len(labels):

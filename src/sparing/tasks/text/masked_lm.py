@@ -198,7 +198,9 @@ class MaskedLM(TextTask):
             raise InvalidValue(f"masked_lm: corpora = {corpora!r}; names of corpora or paths of files are expected")
         self.corpora = [str(name) for name in names]
         self.copies = self._whole("copies", copies, 1, 1 << 20)
-        self.share = self._share("share", share)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise InvalidValue(f"masked_lm: share = {share!r}; a share above 0 and below 1 is expected")
+        self.share = float(share)
         self.seed = self._whole("seed", seed, 0, 1 << 31)
         self.train_limit = self._limit("train_limit", train_limit)
         self.test_limit = self._limit("test_limit", test_limit)
@@ -250,7 +252,7 @@ class MaskedLM(TextTask):
         return model(*batch[0])
 
     def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """(logits (M, vocab_size), pieces (M,)) of the M slots that count, for the loss and for distillation."""
+        """(logits (M, vocab_size), pieces (M,)) of the M slots that count, for distillation."""
         counts = batch[1] != IGNORED
         return outputs[counts], batch[1][counts]
 
@@ -258,7 +260,7 @@ class MaskedLM(TextTask):
         """Mean cross-entropy over the slots that count."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(*self.class_logits(outputs, batch))
+        return cross_entropy(outputs.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORED)
 
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """Accuracy, negative log-likelihood and perplexity over the slots that count; each slot is a unit."""
