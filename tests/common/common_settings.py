@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from sparing.compression.pruning import BlockPrune, LockPattern
+from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.images import LabelledImages
@@ -29,6 +31,18 @@ def poolings() -> sparing.Task:
         "pools",
         *(getattr(tiny, part) for part in ("train", "test", "val", "calibration")),
         model=lambda: build_model(Pools),
+        loss=nn.functional.cross_entropy,
+        labels="abc",
+    )
+
+
+def perceptrons() -> sparing.Task:
+    """Images for a model of linear layers: what can be pruned in blocks."""
+    tiny = tiny_task().splits(None)
+    return sparing.CustomTask(
+        "perceptrons",
+        *(getattr(tiny, part) for part in ("train", "test", "val", "calibration")),
+        model=lambda: build_model("mlp", num_classes=3, image_size=8, widths=[16, 8]),
         loss=nn.functional.cross_entropy,
         labels="abc",
     )
@@ -104,6 +118,24 @@ STEPS = {
         sparing.Distil(teacher="first", model=STUDENT, epochs=2, batch_size=16, checkpoint_every_batches=1),
         before=(TRAIN,),
         nothing="training moves the weights",
+    ),
+    "block_prune": StepCase(
+        BlockPrune(sparsity=0.5),
+        after=(LAST, Shrink(id="realised")),
+        task=perceptrons,
+        nothing=StepCase(BlockPrune(), task=poolings, nothing="is the case"),
+    ),
+    "lock_pattern": StepCase(
+        LockPattern(),
+        before=(BlockPrune(id="pruned", sparsity=0.5), TRAIN),
+        after=(LAST, Shrink(id="realised")),
+        task=perceptrons,
+        nothing=StepCase(LockPattern(), before=(TRAIN,), task=perceptrons, nothing="is the case"),
+    ),
+    "shrink": StepCase(
+        Shrink(ratio=0.5),
+        before=(TRAIN,),
+        nothing=StepCase(Shrink(ratio=0), before=(TRAIN,), nothing="is the case"),
     ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
