@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from sparing.core.training import Train
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
+    from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.models.bert import from_transformers
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import NodeClassification
     from sparing.tasks.images import ImageClassification
+    from sparing.tasks.text import TextClassification
 
 __version__ = "0.1.0"
 
@@ -90,7 +93,9 @@ _HOMES = {
     "sparing.core.training": ("Train",),
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
+    "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.models.bert": ("from_transformers",),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -101,6 +106,7 @@ _HOMES = {
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("NodeClassification",),
     "sparing.tasks.images": ("ImageClassification",),
+    "sparing.tasks.text": ("TextClassification",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -138,6 +144,7 @@ __all__ = [
     "StoreError",
     "Task",
     "Teacher",
+    "TextClassification",
     "Train",
     "TrainingDiverged",
     "Transfer",
@@ -145,10 +152,12 @@ __all__ = [
     "UntrustedCode",
     "WarmupCosine",
     "WeightAverage",
+    "WordPiece",
     "__version__",
     "apply_leap",
     "build_model",
     "cost_report",
+    "from_transformers",
     "hessian_trace",
     "leap_factor",
     "load",
@@ -159,6 +168,7 @@ __all__ = [
     "run",
     "sharpness",
     "step",
+    "train_wordpiece",
 ]
 
 

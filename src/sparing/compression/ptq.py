@@ -128,7 +128,7 @@ def quantize_ptq(
         NoEffect: the model has no linear layer that could be quantised.
     """
     _check(method, tolerance, better, mode)
-    inputs = [_arguments(item) for item in calibration]
+    inputs = [arguments_of(item) for item in calibration]
     if not inputs and mode == "static":
         raise InvalidValue("calibration is empty; inputs of the model are needed, some hundred samples of them")
     source = _copied(model)
@@ -214,8 +214,8 @@ def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.Line
     return found, passed
 
 
-def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(positional, named) inputs, arrays as tensors."""
+def arguments_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, named) inputs of a model: of a tensor, a tuple of positional or a mapping of named ones."""
 
     def tensor(leaf: Any) -> Any:
         return torch.from_numpy(np.require(leaf, requirements=["C", "W"])) if isinstance(leaf, np.ndarray) else leaf
@@ -226,7 +226,8 @@ def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(map_leaves(tensor, value) for value in given), {}
 
 
-def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+def run_on(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """What a model answers, without gradients, on the device it is on."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def place(leaf: Any) -> Any:
@@ -259,7 +260,7 @@ def _calibrated(
             hooks.append(model.get_submodule(name).register_forward_hook(watching))
         try:
             for item in inputs:
-                _run(model, item)
+                run_on(model, item)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -302,8 +303,8 @@ def _flat(tree: Any) -> Tensor:
 
 def _damage(model: nn.Module, changed: nn.Module, inputs: list[Any]) -> float:
     """Mean squared change of all outputs, over their variance."""
-    reference = torch.cat([_flat(_run(model, item)) for item in inputs])
-    moved = torch.cat([_flat(_run(changed, item)) for item in inputs])
+    reference = torch.cat([_flat(run_on(model, item)) for item in inputs])
+    moved = torch.cat([_flat(run_on(changed, item)) for item in inputs])
     return float((moved - reference).square().mean() / reference.var().clamp(min=1e-12))
 
 
@@ -342,4 +343,4 @@ class _Recorder(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         self.seen.append(inputs)
-        return _run(self.model, _arguments(inputs))
+        return run_on(self.model, arguments_of(inputs))
