@@ -90,6 +90,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "models": {
+        "bert": Part(
+            "sparing.models.bert:Bert",
+            "Transformer encoder for texts with post-norm blocks and one of five heads (Devlin et al. 2019).",
+        ),
         "convnet": Part(
             "sparing.models.convnet:ConvNet",
             "Plain ReLU convolutional network: stages at halving resolution, then a linear layer.",
