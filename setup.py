@@ -30,9 +30,11 @@ class BuildNative(build_ext):
     """Each instruction path with flags of its own; a path the compiler does not know is left out."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        """No Python's version in the name, since the library knows nothing of Python."""
         return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile each path by itself, then link them."""
         common, scratch = COMMON.split(), self.build_temp
         objects, found = [], []
         if platform.machine().lower() in ("x86_64", "amd64"):
@@ -54,6 +56,7 @@ class AnyPython(bdist_wheel):
     """The wheel depends on the machine, not on the version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-<platform>."""
         return ("py3", "none", super().get_tag()[2])
 
 

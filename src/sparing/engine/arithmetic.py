@@ -150,7 +150,9 @@ def _checked(scale: float, zero: int) -> None:
         raise InvalidValue(f"zero must be in 0…255, not {zero}")
 
 
-def integer_product(x: UInt8[np.ndarray, "*tokens in"], w: Int8[np.ndarray, "out in"]) -> Int32[np.ndarray, "*tokens out"]:
+def integer_product(
+    x: UInt8[np.ndarray, "*tokens in"], w: Int8[np.ndarray, "out in"]
+) -> Int32[np.ndarray, "*tokens out"]:
     """Σ_k q_x·q_w, exact in int32."""
     if x.shape[-1] != w.shape[1]:
         raise InvalidValue(f"activations have {x.shape[-1]} features, the weight takes {w.shape[1]}")

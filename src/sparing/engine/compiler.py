@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -70,7 +70,9 @@ class Extracted:
 
     def layers(self) -> dict[str, Linear]:
         """All linear layers of the blocks, by "block.name"."""
-        return {f"{number}.{name}": linear for number, block in enumerate(self.blocks) for name, linear in block.items()}
+        return {
+            f"{number}.{name}": linear for number, block in enumerate(self.blocks) for name, linear in block.items()
+        }
 
 
 def compile_encoder(
@@ -113,7 +115,9 @@ def compile_encoder(
     able = cpu_capability()
     if engine in ("sparse", "dense"):
         if not integers:
-            raise NoEffect(f"engine={engine!r}: none of the {len(found.layers())} layers is INT8; quantise the model first")
+            raise NoEffect(
+                f"engine={engine!r}: none of the {len(found.layers())} layers is INT8; quantise the model first"
+            )
         return _native(found, max_batch, max_length, engine, tokens, isa, f"engine={engine!r} was asked for")
     reason = ""
     if engine == "onnxruntime":
@@ -154,16 +158,15 @@ def extract(model: Bert) -> Extracted:
     """A model's arrays; refuses what the engine cannot run, and what is not finite."""
     from torch import nn
 
-    head = model.task_head
+    head, blocks = model.task_head, cast("list[Any]", list(model.blocks))
     if head == "masked_lm":
         raise InvalidValue("the engine has the heads classifier, span, tokens and embedding; this model has masked_lm")
-    first = model.blocks[0]
-    heads = first.heads
+    heads = blocks[0].heads
     embeddings = model.embeddings
     dim = embeddings.words.embedding_dim
     if dim // heads % 4:
         raise InvalidValue(f"a head of {dim // heads} features; the engine needs a multiple of 4")
-    if {block.heads for block in model.blocks} != {heads}:
+    if {block.heads for block in blocks} != {heads}:
         raise InvalidValue("all blocks must have the same number of heads")
     epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     if len(epsilons) != 1:
@@ -175,7 +178,7 @@ def extract(model: Bert) -> Extracted:
     if segments is not None:
         made.floats["embeddings.segments"] = _array(segments.weight, "embeddings.segments")
     _norm(made, "embeddings.norm", embeddings.norm)
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(blocks):
         for name in ("attention_norm", "output_norm"):
             _norm(made, f"{number}.{name}", getattr(block, name))
         layers = {
@@ -185,13 +188,14 @@ def extract(model: Bert) -> Extracted:
         made.blocks.append(_merged(layers))
     outputs, pooler = dim, "none"
     if head in ("classifier", "span"):
-        outputs = model.head.classifier.out_features
-        if hasattr(model.head, "pooler"):
+        module = cast(Any, model.head)
+        outputs = module.classifier.out_features
+        if hasattr(module, "pooler"):
             import torch
 
-            pooler = "tanh" if model.head.activation is torch.tanh else "relu"
-            _head(made, "head.pooler", model.head.pooler)
-        _head(made, "head.classifier", model.head.classifier)
+            pooler = "tanh" if module.activation is torch.tanh else "relu"
+            _head(made, "head.pooler", module.pooler)
+        _head(made, "head.classifier", module.classifier)
     made.about = {
         "dim": dim,
         "heads": heads,
@@ -287,13 +291,12 @@ def _manifest(
     formats: Mapping[str, Format] | None = None,
     timings: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
-    if formats is None:
-        formats = {name: "float" if linear.input is None else "dense" for name, linear in found.layers().items()}
+    plain: dict[str, Format] = {name: "dense" if linear.input else "float" for name, linear in found.layers().items()}
     return Manifest(
         kind=kind,
         max_batch=max_batch,
         max_length=max_length,
-        encoder=found.encoder(formats),
+        encoder=found.encoder(formats or plain),
         timings=tuple(timings),
     )
 
@@ -387,7 +390,7 @@ class _Product:
         arrays["input"] = rng.integers(0, 256, columns * tokens, dtype=np.uint8)
         arrays["output"] = np.zeros(rows * tokens, dtype=np.float32)
         arrays["scratch"] = np.zeros(32 * columns + 2 * 4096 + 64, dtype=np.uint8)
-        self._arrays, self._path = {name: _aligned(array) for name, array in arrays.items()}, path
+        self._arrays, self._path = {name: aligned(array) for name, array in arrays.items()}, path
         formats = {"dense": program.DENSE, "4x1": program.SPARSE_4X1, "tiles": program.TILES}
         chunk = max(1, program.CHUNK_BYTES // (columns * native.SLAB[path]))
         op = native.Op(kind=program.GEMM, format=formats[form], epilogue=program.PLAIN, rows=rows, columns=columns)
@@ -415,7 +418,7 @@ class _Product:
                 return taken / repetitions
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def aligned(array: np.ndarray) -> np.ndarray:
     """A copy that begins at a multiple of 64 bytes, as sections of a pack do."""
     room = np.zeros(array.nbytes + 64, dtype=np.uint8)
     start = -room.ctypes.data % 64

@@ -290,7 +290,9 @@ def check(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
     if about.dim % about.heads or about.dim // about.heads % 4 or manifest.max_length > about.positions:
         raise ValueError(f"dim {about.dim}, heads {about.heads}, length {manifest.max_length} do not fit together")
     if about.position_offset + manifest.max_length > about.positions:
-        raise ValueError(f"{about.positions} positions are too few for {manifest.max_length} from {about.position_offset}")
+        raise ValueError(
+            f"{about.positions} positions are too few for {manifest.max_length} from {about.position_offset}"
+        )
     if about.pad_id >= about.vocabulary or about.sep_id >= about.vocabulary:
         raise ValueError("a special token lies outside the vocabulary")
     if about.head in ("tokens", "embedding") and about.outputs != about.dim:
@@ -313,8 +315,8 @@ def check(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
         for name, layer in block.items():
             if layer.format in ("4x1", "tiles"):
                 key = f"{number}.{name}"
-                parts = (arrays[f"{key}.{part}"] for part in ("row_ptr", "col_index", "values"))
-                packing.check_packed(*parts, columns=layer.columns)
+                row_ptr, col_index, values = (arrays[f"{key}.{part}"] for part in ("row_ptr", "col_index", "values"))
+                packing.check_packed(row_ptr, col_index, values, layer.columns)
                 if layer.format == "tiles":
                     packing.check_tiles(*(arrays[f"{key}.{part}"] for part in ("masks", "tile_ptr", "tile_values")))
 

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     pointers: UInt32[np.ndarray, " tiles_plus_1"]
     """Where the values of each 16 outputs begin, and their number."""
     values: Int8[np.ndarray, " values"]
-    """For each 16 outputs, 64 inputs, 4 outputs, output: its kept values in order. 64 bytes follow that are never used."""
+    """By 16 outputs, 64 inputs, 4 outputs, output: its kept values in order. 64 bytes follow that are never used."""
 
 
 def _blocks(weight: np.ndarray) -> Int8[np.ndarray, "row_groups 4 columns"]:
@@ -95,7 +95,13 @@ def check_packed(row_ptr: np.ndarray, col_index: np.ndarray, values: np.ndarray,
     groups = len(col_index)
     if col_index.shape != (groups, BLOCK) or values.shape != (groups, BLOCK, BLOCK):
         raise InvalidValue(f"{groups} groups of 4 × 4 values expected, not {values.shape} and {col_index.shape}")
-    if row_ptr.ndim != 1 or len(row_ptr) < 2 or row_ptr[0] != 0 or row_ptr[-1] != groups or (np.diff(row_ptr) < 0).any():
+    if (
+        row_ptr.ndim != 1
+        or len(row_ptr) < 2
+        or row_ptr[0] != 0
+        or row_ptr[-1] != groups
+        or (np.diff(row_ptr) < 0).any()
+    ):
         raise InvalidValue(f"row pointers must ascend from 0 to {groups}")
     if groups and (int(col_index.min()) < 0 or int(col_index.max()) >= columns):
         raise InvalidValue(f"an input index lies outside 0…{columns - 1}")

@@ -181,7 +181,9 @@ class _Builder:
                 step.grids = {place + index: grid for index, grid in enumerate(layer.outputs)}
                 step.buffers |= parts
             else:
-                step = self.product(f"{number}.{name}", layer, sources[name], PLAIN, out_rows=3 * dim, out_row=place * dim)
+                step = self.product(
+                    f"{number}.{name}", layer, sources[name], PLAIN, out_rows=3 * dim, out_row=place * dim
+                )
                 step.buffers["output"] = self.buffer(f"{at}.qkv", 3 * dim * self.tokens * 4)
         out = layers["attention_out"]
         if in_integers:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from sparing.core import files
-from sparing.core.errors import InvalidValue, NotExportable, shown
+from sparing.core.errors import CorruptFile, InvalidValue, UnsupportedISA, shown
 from sparing.engine import native
 from sparing.engine import pack as packs
 from sparing.engine.native import choose_path
@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     ids: np.ndarray
     keep: np.ndarray
     segments: np.ndarray | None
+
+    def part(self, first: int, last: int) -> Batch:
+        """Some of its sequences."""
+        types = None if self.segments is None else self.segments[first:last]
+        return Batch(self.ids[first:last], self.keep[first:last], types)
 
 
 class Engine(ABC):
@@ -75,8 +80,7 @@ class Engine(ABC):
         batch = self._checked(input_ids, attention_mask, token_type_ids)
         with self._lock:
             parts = [
-                self._answer(Batch(*(None if part is None else part[at : at + self.max_batch] for part in batch)))
-                for at in range(0, len(batch.ids), self.max_batch)
+                self._answer(batch.part(at, at + self.max_batch)) for at in range(0, len(batch.ids), self.max_batch)
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -192,7 +196,7 @@ def path_for(manifest: Manifest, isa: str | None = None) -> str:
     if path == "amx" and "4x1" in forms and (isa or os.environ.get(native.VARIABLE)) is None:
         return "vnni"  # tiles of weights were not the fastest where, or when, this was compiled
     if path == "amx" and "4x1" in forms:
-        raise InvalidValue("the path 'amx' cannot run this pack: it has sparse layers without the tile form")
+        raise UnsupportedISA("the path 'amx' cannot run this pack: it has sparse layers without the tile form")
     return path
 
 
@@ -292,7 +296,7 @@ class NativeEngine(Engine):
 def _flat(values: np.ndarray, counts: np.ndarray, starts: np.ndarray, total: int) -> np.ndarray:
     """Rows (N, T) behind each other, each from its start; zeros between."""
     made = np.zeros(total, dtype=np.int32)
-    if len(counts) == 1 or total == len(counts) * int(-(-counts[0] // GROUP) * GROUP) and (counts == counts[0]).all():
+    if (counts == counts[0]).all():
         made.reshape(len(counts), -1)[:, : counts[0]] = values[:, : counts[0]]
     else:
         for row, start, count in zip(values, starts, counts, strict=True):
@@ -324,7 +328,7 @@ class OnnxEngine(Engine):
                 pack.arrays["onnx"].tobytes(), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # the runtime's own exceptions have no common base of ours
-            raise NotExportable(f"ONNX Runtime cannot run the graph: {str(error).splitlines()[0]}") from error
+            raise CorruptFile(f"ONNX Runtime cannot run the pack's graph: {str(error).splitlines()[0]}") from error
 
     def _answer(self, batch: Batch) -> np.ndarray:
         feeds = {"ids": batch.ids.astype(np.int64), "keep": batch.keep}
@@ -375,4 +379,3 @@ def _zero_behind(output: np.ndarray, keep: np.ndarray, head: str) -> np.ndarray:
         return output
     last = keep.shape[1] - np.argmax(keep[:, ::-1], axis=1)
     return np.where((np.arange(keep.shape[1]) < last[:, None])[:, :, None], output, np.float32(0))
-
