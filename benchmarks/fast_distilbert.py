@@ -153,7 +153,13 @@ def trained(
 def teacher_lm(seed: int) -> nn.Module:
     """The dense language model that teaches the sparse one."""
     return trained(
-        "lm", "masked_lm", lambda: build_model("bert", task("masked_lm"), **MODEL), MLM_STEPS, 5e-4, seed, TrainingPlan()
+        "lm",
+        "masked_lm",
+        lambda: build_model("bert", task("masked_lm"), **MODEL),
+        MLM_STEPS,
+        5e-4,
+        seed,
+        TrainingPlan(),
     )
 
 
@@ -207,7 +213,7 @@ class Scored:
 @functools.cache
 def scored(arm: str, task_name: str, seed: int, int8: bool) -> Scored:
     """An arm's model on the test split: in FP32 by ONNX Runtime, in INT8 by the engine."""
-    from sparing.compression.compiling import compiled
+    from sparing.compression.compiling import compile_model
     from sparing.core.predictor import to_onnx
 
     model = fine_tuned(arm, task_name, seed).eval()
@@ -218,7 +224,7 @@ def scored(arm: str, task_name: str, seed: int, int8: bool) -> Scored:
         if int8:
             calibration = splits(task_name).calibration
             chosen = Subset(calibration, range(min(CALIBRATION, len(calibration))))
-            predictor: Any = compiled(model, about, chosen, splits(task_name).val)[0]
+            predictor: Any = compile_model(model, about, chosen, splits(task_name).val)[0]
         else:
             predictor = to_onnx(model, None, about)
         predictor.set_threads(1)
@@ -263,7 +269,9 @@ COLUMNS: Mapping[str, tuple[str, bool]] = {
 def measure_task(name: str, gate: bool) -> list[Claim]:
     """The four main columns on one task, over all seeds."""
     found = {
-        column: points(which, COLUMNS["dense FP32"], name, SEEDS) for column, which in COLUMNS.items() if column != "dense FP32"
+        column: points(which, COLUMNS["dense FP32"], name, SEEDS)
+        for column, which in COLUMNS.items()
+        if column != "dense FP32"
     }
     main_ = found["sparse INT8"]
     sizes = {column: scored(*which[:1], name, SEEDS[0], which[1]).bytes for column, which in COLUMNS.items()}
@@ -289,9 +297,7 @@ def measure_task(name: str, gate: bool) -> list[Claim]:
                     column: {"points": d.value, "interval95": d.interval, "shown": d.shown}
                     for column, d in found.items()
                 },
-                "sparse INT8 over dense INT8": points(
-                    COLUMNS["sparse INT8"], COLUMNS["dense INT8"], name, SEEDS
-                ).value,
+                "sparse INT8 over dense INT8": points(COLUMNS["sparse INT8"], COLUMNS["dense INT8"], name, SEEDS).value,
                 "accuracy by seed, %": {
                     column: [100 * float(np.mean(scored(which[0], name, s, which[1]).outcomes)) for s in SEEDS]
                     for column, which in COLUMNS.items()
@@ -306,7 +312,7 @@ def measure_task(name: str, gate: bool) -> list[Claim]:
 
 
 def measure_arms(name: str = "ag_news") -> list[Claim]:
-    """Other patterns, no teacher, and pruning in fine-tuning alone: what each loses beside the sparse model, in FP32."""
+    """Other patterns, no teacher, and pruning in fine-tuning alone, beside the sparse model; all in FP32."""
     statements = {
         "without a teacher": ("no_teacher", "a teacher helps the sparse model in fine-tuning"),
         "1×4": ("block_1x4", "4×1 blocks are as good as 1×4 blocks"),

@@ -85,6 +85,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
         ),
+        "compile": Part(
+            "sparing.compression.compiling:Compile",
+            "Compile a text encoder for the CPU engine: INT8, with zeros in 4×1 blocks left out where that is faster.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
@@ -154,6 +158,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "predictors": {
+        "engine": Part(
+            "sparing.engine.predictor:EnginePredictor",
+            "An :class:`~sparing.engine.runtime.Engine` on token numbers (N, T), padded behind, to the head's output.",
+        ),
         "module": Part(
             "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."
         ),

@@ -138,10 +138,16 @@ def to_bytes(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> bytes:
 def read(source: Path | bytes | bytearray | memoryview) -> Pack:
     """Map a file, or copy a buffer, and verify all of it.
 
+    A view of a file that is mapped already is used where it is. Its checksum is left to who mapped it (a model folder
+    has one of its own), so that pages that nobody needs stay unmapped.
+
     Raises :class:`CorruptFile` for whatever is not exactly what :func:`to_bytes` writes.
     """
     if isinstance(source, Path):
         where, mapped = str(source), _mapped(source)
+    elif isinstance(source, memoryview) and isinstance(source.obj, mmap.mmap) and source.nbytes == len(source.obj):
+        where, mapped = "the mapped file", source.obj
+        _verify_header(where, mapped[: HEADER.size])
     else:
         where, mapped = "the buffer", mmap.mmap(-1, max(len(source), 1))  # begins at a page, as a file's map does
         mapped[: len(source)] = bytes(source)
@@ -168,8 +174,6 @@ def _mapped(source: Path) -> mmap.mmap:
     try:
         with source.open("rb") as file:
             header = file.read(HEADER.size)
-            if len(header) < HEADER.size:
-                raise CorruptFile(f"{source} holds {len(header)} bytes; an engine pack has a header of {HEADER.size}")
             _verify_header(str(source), header)
             _verify_digest(str(source), header, hashlib.file_digest(file, "sha256").digest())
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -178,6 +182,8 @@ def _mapped(source: Path) -> mmap.mmap:
 
 
 def _verify_header(where: str, header: bytes) -> None:
+    if len(header) < HEADER.size:
+        raise CorruptFile(f"{where} is no engine pack: a header of {HEADER.size} bytes is missing")
     magic, version, *_ = HEADER.unpack(header)
     if magic != MAGIC:
         raise CorruptFile(f"{where} is no engine pack: it begins with {magic!r}, not {MAGIC!r}")
@@ -186,8 +192,6 @@ def _verify_header(where: str, header: bytes) -> None:
 
 
 def _verify_digest(where: str, header: bytes, digest: bytes) -> None:
-    if len(header) < HEADER.size:
-        raise CorruptFile(f"{where} is no engine pack: a header of {HEADER.size} bytes is missing")
     _verify_header(where, header)
     if HEADER.unpack(header)[5] != digest:
         raise CorruptFile(f"{where} was changed or cut off: its checksum does not fit")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -196,6 +196,8 @@ class Bert(nn.Module):
         pooling: an embedding is the "first" token or the "mean" of those that are no padding.
         head_dim: units of each attention head; ``dim`` shared among the heads if none.
     """
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"text_encoder"})
 
     def __init__(
         self,
