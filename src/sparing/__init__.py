@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparing.compression.pruning_lightning import BlockPruning
     from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
+    from sparing.compression.shrinking import Shrink, shrink
     from sparing.core.cost import cost_report
     from sparing.core.errors import (
         CorruptFile,
@@ -67,6 +68,7 @@ _HOMES = {
     "sparing.compression.pruning_lightning": ("BlockPruning",),
     "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
+    "sparing.compression.shrinking": ("Shrink", "shrink"),
     "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
         "CorruptFile",
@@ -138,6 +140,7 @@ __all__ = [
     "NotExportable",
     "Quantize",
     "RecipeError",
+    "Shrink",
     "SmoothLabels",
     "SparingError",
     "Step",
@@ -167,6 +170,7 @@ __all__ = [
     "quantize_ptq",
     "run",
     "sharpness",
+    "shrink",
     "step",
     "train_wordpiece",
 ]

@@ -36,18 +36,6 @@ def poolings() -> sparing.Task:
     )
 
 
-def perceptrons() -> sparing.Task:
-    """Images for a model of linear layers: what can be pruned in blocks."""
-    tiny = tiny_task().splits(None)
-    return sparing.CustomTask(
-        "perceptrons",
-        *(getattr(tiny, part) for part in ("train", "test", "val", "calibration")),
-        model=lambda: build_model("mlp", num_classes=3, image_size=8, widths=[16, 8]),
-        loss=nn.functional.cross_entropy,
-        labels="abc",
-    )
-
-
 def photographs() -> sparing.Task:
     """Grey images of 8×8 pixels that are kept as uint8: what can be augmented."""
     preprocessing = Preprocessing((Decode("L"), ChannelsFirst(), ToFloat()))
@@ -120,17 +108,15 @@ STEPS = {
         nothing="training moves the weights",
     ),
     "block_prune": StepCase(
-        BlockPrune(sparsity=0.5),
+        BlockPrune(sparsity=0.5, convolutions=True),
         after=(LAST, Shrink(id="realised")),
-        task=perceptrons,
         nothing=StepCase(BlockPrune(), task=poolings, nothing="is the case"),
     ),
     "lock_pattern": StepCase(
         LockPattern(),
-        before=(BlockPrune(id="pruned", sparsity=0.5), TRAIN),
+        before=(BlockPrune(id="pruned", sparsity=0.5, convolutions=True), TRAIN),
         after=(LAST, Shrink(id="realised")),
-        task=perceptrons,
-        nothing=StepCase(LockPattern(), before=(TRAIN,), task=perceptrons, nothing="is the case"),
+        nothing=StepCase(LockPattern(), before=(TRAIN,), nothing="is the case"),
     ),
     "shrink": StepCase(
         Shrink(ratio=0.5),

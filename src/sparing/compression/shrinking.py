@@ -127,13 +127,13 @@ class Group:
         """The norm of each unit's weights, (units,): of those that make it, that act on it, and that read it."""
         power = 1 if norm == "l1" else 2
         parts = [item.by_unit(model, self.size) for item in self.slices if item.of(model).ndim > 1]
-        return torch.cat(parts, 1).double().abs().pow(power).sum(1).pow(1 / power)
+        return torch.cat(parts, 1).double().abs().pow(power).sum(1).pow(1 / power).cpu()
 
     def idle(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """(which units change no output when they leave, the constants to be added to what the reader computes)."""
-        unread = ~self.read_by.by_unit(model, self.size).any(1)
-        unmade = ~self.made_by.by_unit(model, self.size).any(1)
-        constant = self.constant(model).reshape(self.size, -1)
+        unread = ~self.read_by.by_unit(model, self.size).any(1).cpu()
+        unmade = ~self.made_by.by_unit(model, self.size).any(1).cpu()
+        constant = self.constant(model).reshape(self.size, -1).cpu()
         reader: Any = model.get_submodule(self.read_by.module)
         borders = isinstance(reader, nn.Conv2d) and reader.padding not in (0, (0, 0), "valid")
         silent = (constant == 0).all(1)
