@@ -158,7 +158,7 @@ def extract(model: Bert) -> Extracted:
     """A model's arrays; refuses what the engine cannot run, and what is not finite."""
     from torch import nn
 
-    head, blocks = model.task_head, cast("list[Any]", list(model.blocks))
+    head, blocks = model.task_head, list[Any](model.blocks)
     if head == "masked_lm":
         raise InvalidValue("the engine has the heads classifier, span, tokens and embedding; this model has masked_lm")
     heads = blocks[0].heads
