@@ -17,7 +17,9 @@ def test_weights_round_half_to_even_and_zeros_stay() -> None:
     weight = np.array([[127.0, 0.5, 1.5, -2.5, 0.0], [0, 0, 0, 0, 0]])
     integers, scale = A.quantize_weight(weight)
     assert integers.tolist() == [[127, 0, 2, -2, 0], [0, 0, 0, 0, 0]]
-    assert scale.tolist() == [1.0, 1.0] and integers.dtype == np.int8 and scale.dtype == np.float64
+    assert scale.tolist() == [1.0, 1.0]
+    assert integers.dtype == np.int8
+    assert scale.dtype == np.float64
 
 
 def test_one_scale_for_a_tensor_is_the_largest_rows() -> None:
@@ -52,11 +54,14 @@ def test_ranges() -> None:
     assert A.activation_range(values, "percentile", 25) == (0.0, 2.0)
     outlier = np.concatenate([np.random.default_rng(0).normal(size=20000), [100.0]])
     low, high = A.activation_range(outlier, "kl")
-    assert low == outlier.min() and 3 < high < 50, "one value far out does not stretch the range"
+    assert low == outlier.min()
+    assert 3 < high < 50, "one value far out does not stretch the range"
     assert A.activation_range(np.zeros(5), "kl") == (0.0, 0.0)
 
 
-@given(st_numpy.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.floats(-4, 4, width=32)))
+@given(
+    st_numpy.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.floats(-4, 4, width=32))
+)
 def test_rounding_is_off_by_half_a_step_at_most(x: np.ndarray) -> None:
     scale, zero = A.activation_scale(*A.activation_range(x))
     back = A.dequantize_activation(A.quantize_activation(x, scale, zero), scale, zero)

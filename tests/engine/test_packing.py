@@ -46,7 +46,7 @@ def test_tiles_round_trip(high: int, wide: int, density: float, seed: int) -> No
 
 
 def test_refusals() -> None:
-    with pytest.raises(InvalidValue, match="divisible by 4.*6 are not"):
+    with pytest.raises(InvalidValue, match=r"divisible by 4.*6 are not"):
         pack_4x1(np.zeros((6, 8), dtype=np.int8))
     with pytest.raises(InvalidValue, match="float64"):
         pack_4x1(np.zeros((4, 8)))  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def test_a_path_can_be_named_by_the_environment(sparse_bert: Any, monkeypatch: p
 def test_a_path_this_cpu_lacks_is_refused(sparse_bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lesser = Capability(True, "", "an older CPU", PATHS, ("portable", "avx2"))
     monkeypatch.setattr(native, "cpu_capability", lambda: lesser)
-    with pytest.raises(UnsupportedISA, match="'vnni' cannot run.*portable, avx2"):
+    with pytest.raises(UnsupportedISA, match=r"'vnni' cannot run.*portable, avx2"):
         native.choose_path("vnni")
     assert native.choose_path() == "avx2"
     assert ("engine paths not on this CPU", "vnni, amx") in native.doctor_lines()
