@@ -9,7 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
+    from sparing.compression.pruning_lightning import BlockPruning
+    from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
+    from sparing.compression.shrinking import Shrink, shrink
     from sparing.core.cost import cost_report
     from sparing.core.errors import (
         CorruptFile,
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
     from sparing.core.training import Train
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
-    from sparing.distillation.logits import Distil
+    from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.models.bert import from_transformers
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
@@ -47,11 +53,22 @@ if TYPE_CHECKING:
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import NodeClassification
     from sparing.tasks.images import ImageClassification
+    from sparing.tasks.text import TextClassification
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparing.compression.pruning": (
+        "BlockMagnitudePruner",
+        "BlockPrune",
+        "CubicSchedule",
+        "LockPattern",
+        "lock_pattern",
+    ),
+    "sparing.compression.pruning_lightning": ("BlockPruning",),
+    "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
+    "sparing.compression.shrinking": ("Shrink", "shrink"),
     "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
         "CorruptFile",
@@ -78,7 +95,9 @@ _HOMES = {
     "sparing.core.training": ("Train",),
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
-    "sparing.distillation.logits": ("Distil",),
+    "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.models.bert": ("from_transformers",),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -89,16 +108,22 @@ _HOMES = {
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("NodeClassification",),
     "sparing.tasks.images": ("ImageClassification",),
+    "sparing.tasks.text": ("TextClassification",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LEAP",
     "Augment",
+    "BlockMagnitudePruner",
+    "BlockPrune",
+    "BlockPruning",
     "CorruptFile",
+    "CubicSchedule",
     "CustomTask",
     "DataError",
     "Distil",
+    "DistillationLoss",
     "Ema",
     "Export",
     "ImageClassification",
@@ -108,17 +133,21 @@ __all__ = [
     "LEAPCallback",
     "Leap",
     "Ledger",
+    "LockPattern",
     "MissingDependency",
     "NoEffect",
     "NodeClassification",
     "NotExportable",
     "Quantize",
     "RecipeError",
+    "Shrink",
     "SmoothLabels",
     "SparingError",
     "Step",
     "StoreError",
     "Task",
+    "Teacher",
+    "TextClassification",
     "Train",
     "TrainingDiverged",
     "Transfer",
@@ -126,18 +155,24 @@ __all__ = [
     "UntrustedCode",
     "WarmupCosine",
     "WeightAverage",
+    "WordPiece",
     "__version__",
     "apply_leap",
     "build_model",
     "cost_report",
+    "from_transformers",
     "hessian_trace",
     "leap_factor",
     "load",
+    "lock_pattern",
     "perturbation_flatness",
     "plan",
+    "quantize_ptq",
     "run",
     "sharpness",
+    "shrink",
     "step",
+    "train_wordpiece",
 ]
 
 

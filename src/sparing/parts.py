@@ -43,11 +43,44 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.graphs.published:Citeseer",
             "Citeseer: papers on computer science and their citations, 6 subjects (split of Yang et al. 2016).",
         ),
+        "sst2": Part(
+            "sparing.tasks.text.published:SST2",
+            "SST-2: phrases of film reviews, negative or positive (Socher et al. 2013, in the form of GLUE).",
+        ),
+        "ag_news": Part(
+            "sparing.tasks.text.published:AGNews",
+            "AG News: articles on four topics, World, Sports, Business or Sci/Tech (Zhang, Zhao and LeCun 2015).",
+        ),
+        "trec": Part(
+            "sparing.tasks.text.published:TREC",
+            "TREC: questions by what they ask for, 6 coarse classes or 50 fine ones (Li and Roth 2002).",
+        ),
+        "text_file": Part(
+            "sparing.tasks.text.own:TextFile",
+            "Your own texts: a TSV or CSV file with a column of texts and one of labels, or a folder train/val/test of "
+            "such.",
+        ),
+        "masked_lm": Part(
+            "sparing.tasks.text.masked_lm:MaskedLM",
+            "Masked language modelling: pre-train a text encoder on unlabelled texts (Devlin et al. 2019).",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),
     },
     "steps": {
+        "block_prune": Part(
+            "sparing.compression.pruning:BlockPrune",
+            "Prune blocks of weights in the next training, gradually, by their magnitude.",
+        ),
+        "shrink": Part(
+            "sparing.compression.shrinking:Shrink",
+            "Cut whole neurons, channels and attention heads out of the model, so that it is smaller in every runtime.",
+        ),
+        "lock_pattern": Part(
+            "sparing.compression.pruning:LockPattern",
+            "Keep the zeros of a pruned model through the next training.",
+        ),
         "augment": Part(
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
@@ -139,6 +172,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "centre_crop": Part("sparing.data.preprocessing:CentreCrop", "Images → their central (height, width) part."),
         "channels_first": Part("sparing.data.preprocessing:ChannelsFirst", "(N, H, W, C) → (N, C, H, W), contiguous."),
         "to_float": Part("sparing.data.preprocessing:ToFloat", "Integers 0…``full`` → float32 0…1."),
+        "wordpiece": Part(
+            "sparing.data.wordpiece:WordPiece",
+            "Texts, or pairs of texts → numbers of word pieces, int64 (N, longest), padded behind.",
+        ),
         "normalise": Part("sparing.data.preprocessing:Normalise", "(N, C, …) → (x − mean) / std for each channel."),
     },
 }

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from sparing.compression.pruning import BlockPrune, LockPattern
+from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.images import LabelledImages
@@ -105,6 +107,22 @@ STEPS = {
         before=(TRAIN,),
         nothing="training moves the weights",
     ),
+    "block_prune": StepCase(
+        BlockPrune(sparsity=0.5, convolutions=True),
+        after=(LAST, Shrink(id="realised")),
+        nothing=StepCase(BlockPrune(), task=poolings, nothing="is the case"),
+    ),
+    "lock_pattern": StepCase(
+        LockPattern(),
+        before=(BlockPrune(id="pruned", sparsity=0.5, convolutions=True), TRAIN),
+        after=(LAST, Shrink(id="realised")),
+        nothing=StepCase(LockPattern(), before=(TRAIN,), nothing="is the case"),
+    ),
+    "shrink": StepCase(
+        Shrink(ratio=0.5),
+        before=(TRAIN,),
+        nothing=StepCase(Shrink(ratio=0), before=(TRAIN,), nothing="is the case"),
+    ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
         after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
@@ -157,6 +175,15 @@ def image_folder(place: Path) -> Path:
     return place
 
 
+def text_table(place: Path) -> Path:
+    """A CSV file of a few texts."""
+    path = place / "texts.csv"
+    if not path.exists():
+        rows = [f'"{" ".join(row)}, or not",{number % 2}' for number, row in enumerate(word_rows())]
+        path.write_text("\n".join(["text,label", *rows]), "utf8")
+    return path
+
+
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
@@ -164,12 +191,21 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
+    "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
+    "ag_news": lambda data, scratch: TaskCase(lambda: registered_task("ag_news", train_limit=2000), data),
+    "trec": lambda data, scratch: TaskCase(lambda: registered_task("trec"), data),
+    "text_file": lambda data, scratch: TaskCase(
+        lambda: registered_task("text_file", path=str(text_table(scratch)), length=10, vocab_size=60)
+    ),
+    "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
     ),
 }
 """Name → (data folder, scratch folder) → case."""
-NEEDS_DATA = frozenset({"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer"})
+NEEDS_DATA = frozenset(
+    {"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer", "sst2", "ag_news", "trec", "masked_lm"}
+)
 
 
 def registered_task(name: str, **fields):
@@ -179,7 +215,23 @@ def registered_task(name: str, **fields):
     return resolve("tasks", name)(**fields)
 
 
+def word_rows() -> list[list[str]]:
+    """Ninety lists of three to eight words, whose last one tells two kinds apart."""
+    words = np.random.RandomState(0).choice(["some", "words", "that", "mean", "nothing", "at", "all"], (90, 7))
+    return [[*row[: 2 + number % 6].tolist(), "red" if number % 2 else "green"] for number, row in enumerate(words)]
+
+
+def few_texts() -> sparing.Task:
+    """Texts of two kinds, of different lengths, and a vocabulary of their own."""
+    texts = [" ".join(row) for row in word_rows()]
+    return sparing.TextClassification("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
+
+
+SMALL_BERT = {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.0}
+"""Fields of a bert for :func:`few_texts`."""
+
 MODELS = {
+    "bert": ModelCase("bert", few_texts, SMALL_BERT),
     "convnet": ModelCase("convnet", Digits, {"widths": [4, 8]}),
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),

@@ -20,6 +20,7 @@ ENTRIES = [(kind, name) for kind in PARTS for name in PARTS[kind]]
 NOT_BY_NAME = {
     "CustomTask": "is made of live data sets and functions",
     "ImageClassification": "is the base of image tasks",
+    "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",
     "_InMemory": "is made of the arrays an estimator is fitted on",
     "_Recorder": "stands in for another predictor while it is fed",

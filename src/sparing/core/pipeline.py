@@ -240,6 +240,8 @@ class _Standing:
     """Those with a model, which a later step may name."""
     slots: dict[str, str] = field(default_factory=dict)
     promises: dict[str, tuple[Step, str]] = field(default_factory=dict)
+    at_risk: set[str] = field(default_factory=set)
+    """Promises that the next training would undo."""
 
     def copy(self) -> _Standing:
         return _Standing(set(self.capabilities), self.task, list(self.rows), dict(self.slots))
@@ -272,10 +274,30 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
             stand.slots[slot] = f"{step.id!r} at {place}"
         if "training" in step.realises:
             stand.slots.clear()
+            _check_fragile(step, place, stand, problems)
         for promise in step.promises:
             stand.promises[promise] = (step, place)
+            stand.at_risk.discard(promise)
+            if promise in step.fragile and "training" not in step.promises:
+                stand.at_risk.add(promise)  # it is kept already; other steps keep theirs in the training that follows
         if "trained" in stand.capabilities:
             stand.rows.append(step.id)
+
+
+def _check_fragile(training: Step, place: str, stand: _Standing, problems: list[str]) -> None:
+    """A training keeps what was promised since the last one, and undoes what is fragile and older."""
+    for promise, (step, made) in stand.promises.items():
+        if promise not in step.fragile:
+            continue
+        if promise in stand.at_risk:
+            keepers = [
+                name for name in _steps_with("fragile", promise) if "training" in resolve("steps", name).promises
+            ]
+            problems.append(
+                f"{place}: {training.id!r} would undo the {promise} of {step.id!r} at {made}; "
+                f"put a step before it that keeps it: {', '.join(keepers) or 'none of the installed steps does'}"
+            )
+        stand.at_risk.add(promise)
 
 
 def _same_name(old: Task, new: Task) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,18 @@ from sparing.data.cifar import CIFAR10, read_cifar10
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
 from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
+from sparing.data.text import AG_NEWS, SST2, TREC, read_ag_news, read_sst2, read_trec
 
-Reader = Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]
-"""(data root, train?) → (images uint8 (N, H, W, C), or numbers of nodes (N,), labels (N,))."""
+Reader = Callable[[Path, bool], tuple[Any, np.ndarray]]
+"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes (N,) or N texts; labels (N,))."""
 
 READERS: dict[str, tuple[Source, Reader]] = {
     FASHION_MNIST.name: (FASHION_MNIST, read_fashion_mnist),
     CIFAR10.name: (CIFAR10, read_cifar10),
     **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
+    SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
+    AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
+    TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),
 }
 
 

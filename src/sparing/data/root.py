@@ -67,7 +67,7 @@ class Source:
     def how_to_place(self, root: Path) -> str:
         """What to place where, for a set that cannot be downloaded."""
         return (
-            f"Place it there, or point SPARING_DATA at a folder that holds {self.place}. "
+            f"Place it there, or point SPARING_DATA at a folder that holds {self.place or self.name}. "
             f"{self.made.format(path=self.path(root))}"
         )
 
