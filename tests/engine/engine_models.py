@@ -34,12 +34,13 @@ def bert(seed: int = 0, sparsity: float = 0.0, **fields: Any) -> Bert:
 
 
 def prune(layer: nn.Linear, sparsity: float) -> None:
+    if not sparsity:
+        return
     weight = layer.weight.data
     score = weight.abs().reshape(len(weight) // 4, 4, -1).mean(1)
     dropped = int(sparsity * score.numel())
-    if dropped:
-        kept = score > score.flatten().kthvalue(dropped).values
-        weight.mul_(kept.repeat_interleave(4, 0))
+    kept = score > score.flatten().kthvalue(dropped).values
+    weight.mul_(kept.repeat_interleave(4, 0))
 
 
 def quantised(model: Bert, keep_float: tuple[str, ...] = (), integer_attention: bool = True, seed: int = 1) -> Bert:

@@ -158,7 +158,7 @@ def extract(model: Bert) -> Extracted:
     """A model's arrays; refuses what the engine cannot run, and what is not finite."""
     from torch import nn
 
-    head, blocks = model.task_head, cast("list[Any]", list(model.blocks))
+    head, blocks = model.task_head, list[Any](model.blocks)
     if head == "masked_lm":
         raise InvalidValue("the engine has the heads classifier, span, tokens and embedding; this model has masked_lm")
     heads = blocks[0].heads
@@ -390,7 +390,7 @@ class _Product:
         arrays["input"] = rng.integers(0, 256, columns * tokens, dtype=np.uint8)
         arrays["output"] = np.zeros(rows * tokens, dtype=np.float32)
         arrays["scratch"] = np.zeros(32 * columns + 2 * 4096 + 64, dtype=np.uint8)
-        self._arrays, self._path = {name: aligned(array) for name, array in arrays.items()}, path
+        self._arrays, self._path, self.form = {name: aligned(array) for name, array in arrays.items()}, path, form
         formats = {"dense": program.DENSE, "4x1": program.SPARSE_4X1, "tiles": program.TILES}
         chunk = max(1, program.CHUNK_BYTES // (columns * native.SLAB[path]))
         op = native.Op(kind=program.GEMM, format=formats[form], epilogue=program.PLAIN, rows=rows, columns=columns)
