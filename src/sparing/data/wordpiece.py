@@ -243,10 +243,10 @@ class WordPiece(Operation):
         if other is None:
             return [self.cls_id, *one[: self.max_length - 2], self.sep_id]
         room = self.max_length - 3
-        long, short = max(len(one), len(other)), min(len(one), len(other))
-        if long + short > room:  # the longer one is cut until both are equally long, then both are
-            long, short = (room - short, short) if short <= room // 2 else (room - room // 2, room // 2)
-        first, second = (long, short) if len(one) >= len(other) else (short, long)
+        first, second = len(one), len(other)
+        if first + second > room:  # the longer one is cut until both are equally long, then both in turn
+            half = room // 2
+            first, second = min(first, max(room - half, room - second)), min(second, max(half, room - first))
         return [self.cls_id, *one[:first], self.sep_id, *other[:second], self.sep_id]
 
     def __call__(self, batch: Sequence[Text]) -> np.ndarray:
