@@ -139,12 +139,21 @@ def test_a_trained_vocabulary_knows_its_texts(texts):
 def test_few_texts_make_few_pieces_and_none_make_none():
     assert train_wordpiece(["a b", "b"], 100) == (*SPECIAL, "a", "b", "##a", "##b")
     assert len(train_wordpiece(["".join(map(chr, range(0x4E00, 0x5600)))], 25)) == 25
-    with pytest.raises(DataError, match="2 texts without a single character"):
+    with pytest.raises(DataError, match="2 texts without a word of 1…100 characters"):
         train_wordpiece(["", " \0"])
     with pytest.raises(InvalidValue, match="size = 6; a whole number of pieces in 7"):
         train_wordpiece(["a"], 6)
     with pytest.raises(DataError, match="text 1 is a float"):
         train_wordpiece(["a", 0.5])
+
+
+def test_words_that_are_too_long_to_be_known_make_no_pieces_and_cost_no_time():
+    start = time.perf_counter()
+    pieces = train_wordpiece(["x" * 1_000_000, "the cat " * 3, "y" * 100 + " " + "中" * 300], 40)
+    assert time.perf_counter() - start < 5
+    assert "x" not in pieces
+    assert {"t", "y", "##yy", "中"} <= set(pieces)
+    assert "##中中" not in pieces
 
 
 def test_ten_thousand_texts_take_less_than_two_seconds(texts):
