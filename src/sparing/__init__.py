@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.compression.compiling import Compile, compile_model
     from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
     from sparing.compression.pruning_lightning import BlockPruning
     from sparing.compression.ptq import quantize_ptq
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from sparing.data.augmentation import Augment
     from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.engine.compiler import compile_encoder
+    from sparing.engine.runtime import Engine
+    from sparing.engine.tuner import tune_production
     from sparing.models.bert import from_transformers
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparing.compression.compiling": ("Compile", "compile_model"),
     "sparing.compression.pruning": (
         "BlockMagnitudePruner",
         "BlockPrune",
@@ -97,6 +102,9 @@ _HOMES = {
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.engine.compiler": ("compile_encoder",),
+    "sparing.engine.runtime": ("Engine",),
+    "sparing.engine.tuner": ("tune_production",),
     "sparing.models.bert": ("from_transformers",),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
@@ -118,6 +126,7 @@ __all__ = [
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
+    "Compile",
     "CorruptFile",
     "CubicSchedule",
     "CustomTask",
@@ -125,6 +134,7 @@ __all__ = [
     "Distil",
     "DistillationLoss",
     "Ema",
+    "Engine",
     "Export",
     "ImageClassification",
     "IncompatibleStep",
@@ -159,6 +169,8 @@ __all__ = [
     "__version__",
     "apply_leap",
     "build_model",
+    "compile_encoder",
+    "compile_model",
     "cost_report",
     "from_transformers",
     "hessian_trace",
@@ -173,6 +185,7 @@ __all__ = [
     "shrink",
     "step",
     "train_wordpiece",
+    "tune_production",
 ]
 
 
