@@ -157,6 +157,9 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
         ("cifar10", False),
         ("cora", False),
         ("citeseer", False),
+        ("sst2", False),
+        ("ag_news", False),
+        ("trec", False),
     ]
     found = catalogue.check("cifar10", tmp_path)
     assert not found.ok

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,13 +50,14 @@ def train_wordpiece(texts: Iterable[str], size: int = 8000, lowercase: bool = Tr
         raise InvalidValue(f"size = {size!r}; a whole number of pieces in {least}…{1 << 20} is expected")
     texts = [checked_text(text, f"text {index}") for index, text in enumerate(texts)]
     engine = _engine(SPECIAL, lowercase)
+    texts = [_without_long_words(engine, text) if _LONG.search(text) else text for text in texts]
     characters: Counter[str] = Counter()
     for start in range(0, len(texts), 1000):
         characters.update(engine.normalizer.normalize_str("\n".join(texts[start : start + 1000])))
     most = min(ALPHABET, (size - len(SPECIAL)) // 2)
     found = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))[:most]
     if not found:
-        raise DataError(f"{len(texts)} texts without a single character; a vocabulary cannot be made of them")
+        raise DataError(f"{len(texts)} texts without a word of 1…{LONGEST_WORD} characters; a vocabulary cannot be made of them")
     alphabet = sorted(found)
     # special for the trainer only, so that they have their numbers before it begins
     numbered = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet)]
@@ -69,6 +71,15 @@ def train_wordpiece(texts: Iterable[str], size: int = 8000, lowercase: bool = Tr
     engine.train_from_iterator(texts, trainer, length=len(texts))
     numbers = engine.get_vocab(with_added_tokens=True)
     return tuple(sorted(numbers, key=numbers.__getitem__))
+
+
+_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1}}}")
+
+
+def _without_long_words(engine: Tokenizer, text: str) -> str:
+    """``text`` without words that are unknown whatever the vocabulary; counting their pairs takes very long."""
+    words = engine.pre_tokenizer.pre_tokenize_str(engine.normalizer.normalize_str(text))
+    return " ".join(word for word, _ in words if len(word) <= LONGEST_WORD)
 
 
 def read_vocabulary(path: Path) -> tuple[tuple[str, ...], bool | None]:
@@ -243,10 +254,10 @@ class WordPiece(Operation):
         if other is None:
             return [self.cls_id, *one[: self.max_length - 2], self.sep_id]
         room = self.max_length - 3
-        long, short = max(len(one), len(other)), min(len(one), len(other))
-        if long + short > room:  # the longer one is cut until both are equally long, then both are
-            long, short = (room - short, short) if short <= room // 2 else (room - room // 2, room // 2)
-        first, second = (long, short) if len(one) >= len(other) else (short, long)
+        first, second = len(one), len(other)
+        if first + second > room:  # the longer one is cut until both are equally long, then both in turn
+            half = room // 2
+            first, second = min(first, max(room - half, room - second)), min(second, max(half, room - first))
         return [self.cls_id, *one[:first], self.sep_id, *other[:second], self.sep_id]
 
     def __call__(self, batch: Sequence[Text]) -> np.ndarray:

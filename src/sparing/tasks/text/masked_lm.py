@@ -39,7 +39,8 @@ def pack_texts(wordpiece: WordPiece, texts: Sequence[str], length: int) -> Int[n
     """
     stream: list[int] = []
     for pieces in wordpiece.pieces(texts):
-        stream += [*pieces, wordpiece.sep_id]
+        if pieces:
+            stream += [*pieces, wordpiece.sep_id]
     inner = length - 2
     stream = stream[:-1]
     if len(stream) < inner:
@@ -275,9 +276,8 @@ class MaskedLM(TextTask):
                 raise InvalidValue(f"masked_lm: outputs of shape {outputs.shape}; logits {expected} are expected")
             logits, targets = outputs[labels != IGNORED], labels[labels != IGNORED]
             if not np.isfinite(logits).all():
-                raise InvalidValue(
-                    f"masked_lm: the output for unit {sum(map(len, outcomes))} or one behind is not finite"
-                )
+                first = sum(len(part) for part in outcomes) + np.flatnonzero(~np.isfinite(logits).all(axis=1))[0]
+                raise InvalidValue(f"masked_lm: the output for unit {first} is not finite")
             outcomes.append(correct(logits, targets))
             likelihoods.append(log_softmax(logits)[np.arange(len(targets)), targets])
         outcome, nll = np.concatenate(outcomes), -float(np.concatenate(likelihoods).mean())
