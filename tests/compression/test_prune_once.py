@@ -154,6 +154,8 @@ def test_a_training_that_would_fill_the_zeros_is_refused_at_planning() -> None:
                 steps=[*steps[:2], LockPattern(), sparing.Train(id="b"), sparing.Train(id="again"), CountZeros()],
                 meter=QUICK,
             )
+        with pytest.raises(RecipeError, match=r"'count_zeros' comes before the training in which 'block_prune' at"):
+            run(task=Topics(), steps=[BlockPrune(), CountZeros(), sparing.Train()], meter=QUICK)
         with pytest.raises(RecipeError, match=r"'lock_pattern' sets the training plan's pattern of zeros"):
             run(task=Topics(), steps=[BlockPrune(), LockPattern(), sparing.Train(), CountZeros()], meter=QUICK)
         with pytest.raises(RecipeError, match=r"'train' sets the training plan's scheduler"):
@@ -164,6 +166,11 @@ def test_a_training_that_would_fill_the_zeros_is_refused_at_planning() -> None:
                 "{train: {scheduler: cosine}}, count_zeros, {train: {id: after}}]"
             )
         )  # what has been made real is no longer at risk
+        plan(
+            parse_recipe(
+                "task: digits\nmodel: {name: mlp}\nsteps: [block_prune, train, ema, count_zeros, {train: {id: b}}]"
+            )
+        )  # another step's training may be to come
     with pytest.raises(RecipeError, match=r"'block_prune' promises sparsity"):
         run(task=Topics(), steps=[BlockPrune(), sparing.Train()], meter=QUICK)
 

@@ -37,7 +37,7 @@ GUARD = 1e-9
 # --- which blocks go -------------------------------------------------------------------------------------------------
 
 
-def block_scores(weight: Float[Tensor, "out in"], block: Block = (4, 1), score: Score = "mean") -> Float[Tensor, "b c"]:
+def block_scores(weight: Float[Tensor, "out in"], block: Block = (4, 1), score: str = "mean") -> Float[Tensor, "b c"]:
     """Mean (or largest) absolute weight of each block, (out / block[0], in / block[1]).
 
     Raises :class:`InvalidValue` for a block that does not divide the weight, or another ``score``.
@@ -58,7 +58,7 @@ def block_scores(weight: Float[Tensor, "out in"], block: Block = (4, 1), score: 
 
 
 def block_mask(
-    weight: Float[Tensor, "out in"], block: Block = (4, 1), sparsity: float = 0.8, score: Score = "mean"
+    weight: Float[Tensor, "out in"], block: Block = (4, 1), sparsity: float = 0.8, score: str = "mean"
 ) -> Bool[Tensor, "out in"]:
     """True for the weights that stay when a share ``sparsity`` of the blocks with the smallest scores goes.
 

@@ -79,7 +79,7 @@ class DynamicInt8Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """(…, in) → (…, out)."""
-        low, high = x.aminmax() if x.numel() else (0.0, 0.0)
+        low, high = x.detach().aminmax() if x.numel() else (0.0, 0.0)
         scale, zero = arithmetic.activation_scale(float(low), float(high))
         rounded = (torch.round(x.float() / scale) + zero).clamp(0, arithmetic.LEVELS) - zero
         y = ((rounded.double() @ self.weight.double().T) * (scale * self.weight_scale)).float()

@@ -270,7 +270,11 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
             stand.task = target
         stand.capabilities = (stand.capabilities - step.removes) | step.gives
         for promise in step.realises:
-            stand.promises.pop(promise, None)
+            maker, made = stand.promises.pop(promise, (None, ""))
+            if maker and promise in maker.fragile and "training" in maker.promises and promise not in stand.at_risk:
+                problems.append(
+                    f"{place}: {step.id!r} comes before the training in which {maker.id!r} at {made} makes {promise}"
+                )
         for slot in step.slots:
             if slot in stand.slots:
                 problems.append(

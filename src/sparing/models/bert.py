@@ -101,8 +101,8 @@ class EncoderBlock(nn.Module):
         self.output_norm = nn.LayerNorm(dim, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x: Float[Tensor, "n t dim"], mask: Float[Tensor, "n 1 1 t"]) -> Float[Tensor, "n t dim"]:
-        """softmax(q kᵀ / √d + mask) v in each head: (N, T, dim) → (N, T, dim)."""
+    def attend(self, x: Float[Tensor, "n t dim"], mask: Float[Tensor, "n 1 1 t"]) -> Float[Tensor, "n t inner"]:
+        """softmax(q kᵀ / √d + mask) v in each head: (N, T, dim) → (N, T, heads · head_dim)."""
         q, k, v = (
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
