@@ -57,7 +57,9 @@ def train_wordpiece(texts: Iterable[str], size: int = 8000, lowercase: bool = Tr
     most = min(ALPHABET, (size - len(SPECIAL)) // 2)
     found = sorted((c for c in characters if not c.isspace()), key=lambda c: (-characters[c], c))[:most]
     if not found:
-        raise DataError(f"{len(texts)} texts without a word of 1…{LONGEST_WORD} characters; a vocabulary cannot be made of them")
+        raise DataError(
+            f"{len(texts)} texts without a word of 1…{LONGEST_WORD} characters; a vocabulary cannot be made of them"
+        )
     alphabet = sorted(found)
     # special for the trainer only, so that they have their numbers before it begins
     numbered = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet)]
