@@ -7,9 +7,13 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparing.core.environment import cpu
 from sparing.core.errors import InvalidValue, SparingError, UnsupportedISA
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LIBRARY = Path(__file__).with_name("_native.so")
 PATHS = ("portable", "avx2", "vnni", "amx")
@@ -70,6 +74,8 @@ def library() -> ctypes.CDLL | str:
         found.sparing_size_of.restype = ctypes.c_int64
         found.sparing_run.argtypes = [I32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
         found.sparing_run.restype = ctypes.c_int32
+        found.sparing_peak.restype = found.sparing_stream.restype = ctypes.c_double
+        found.sparing_stream.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         sizes = (found.sparing_size_of(0), found.sparing_size_of(1))
         version = found.sparing_version()
     except (OSError, AttributeError) as error:
@@ -159,3 +165,17 @@ def run(path: str, ops: ctypes.Array[Op], call: Run, seconds: ctypes.Array[ctype
     times = ctypes.addressof(seconds) if seconds is not None else None
     if found.sparing_run(PATHS.index(path), ctypes.addressof(ops), len(ops), ctypes.addressof(call), times):
         raise SparingError(f"the path {path!r} does not run on this CPU")
+
+
+def peak(path: str) -> float:
+    """Multiplications a second of one core with nothing to load or store; 0 where there is no measurement of it."""
+    found = library()
+    return 0.0 if isinstance(found, str) else max(found.sparing_peak(PATHS.index(path)) for _ in range(5))
+
+
+def stream(array: np.ndarray) -> float:
+    """Bytes a second that one core reads of an array, over and over; 0 where there is no measurement of it."""
+    found = library()
+    return (
+        0.0 if isinstance(found, str) else max(found.sparing_stream(array.ctypes.data, array.nbytes) for _ in range(5))
+    )

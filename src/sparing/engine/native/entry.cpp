@@ -17,9 +17,12 @@ Path sparing_run_avx2;
 #endif
 #ifdef SPARING_HAS_VNNI
 Path sparing_run_vnni;
+double sparing_peak_vnni();
+double sparing_stream_vnni(const void *, int64_t);
 #endif
 #ifdef SPARING_HAS_AMX
 Path sparing_run_amx;
+double sparing_peak_amx();
 #endif
 }
 
@@ -96,4 +99,23 @@ PUBLIC int32_t sparing_run(int32_t path, const Op *ops, int64_t count, const Run
 #endif
   }
   return -1;
+}
+
+// What a benchmark holds its figures against: multiplications a second in registers (0 where it is not known), and
+// bytes a second read from a buffer.
+PUBLIC double sparing_peak(int32_t path) {
+#ifdef SPARING_HAS_VNNI
+  if (path == VNNI && (usable() & (1u << VNNI))) return sparing_peak_vnni();
+#endif
+#ifdef SPARING_HAS_AMX
+  if (path == AMX && (usable() & (1u << AMX))) return sparing_peak_amx();
+#endif
+  return 0.0;
+}
+
+PUBLIC double sparing_stream(const void *from, int64_t bytes) {
+#ifdef SPARING_HAS_VNNI
+  if (usable() & (1u << VNNI)) return sparing_stream_vnni(from, bytes);
+#endif
+  return 0.0;
 }

@@ -173,3 +173,28 @@ extern "C" __attribute__((visibility("hidden"))) void sparing_run_amx(const Op *
   amx::run_operators(ops, count, *run, seconds);
   _tile_release();
 }
+
+// multiplications of one second when nothing but tiles in registers is multiplied
+extern "C" __attribute__((visibility("hidden"))) double sparing_peak_amx() {
+  const amx::TileConfig config;
+  _tile_loadconfig(&config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  const int64_t rounds = 100000;
+  const double start = amx::now();
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  const double seconds = amx::now() - start;
+  _tile_release();
+  return double(rounds) * 4 * 16 * 16 * 64 / seconds;
+}
