@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from sparing.tasks.graphs import NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
+    from sparing.tasks.text.spans import postprocess_spans, squad_metrics
 
 __version__ = "0.1.0"
 
@@ -109,6 +110,7 @@ _HOMES = {
     "sparing.tasks.graphs": ("NodeClassification",),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
+    "sparing.tasks.text.spans": ("postprocess_spans", "squad_metrics"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -167,10 +169,12 @@ __all__ = [
     "lock_pattern",
     "perturbation_flatness",
     "plan",
+    "postprocess_spans",
     "quantize_ptq",
     "run",
     "sharpness",
     "shrink",
+    "squad_metrics",
     "step",
     "train_wordpiece",
 ]

@@ -55,6 +55,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.text.published:TREC",
             "TREC: questions by what they ask for, 6 coarse classes or 50 fine ones (Li and Roth 2002).",
         ),
+        "squad": Part(
+            "sparing.tasks.text.squad:Squad",
+            "SQuAD v1.1: find the span of a passage that answers a question (Rajpurkar et al. 2016).",
+        ),
         "text_file": Part(
             "sparing.tasks.text.own:TextFile",
             "Your own texts: a TSV or CSV file with a column of texts and one of labels, or a folder train/val/test of "

@@ -194,6 +194,9 @@ TASKS = {
     "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
     "ag_news": lambda data, scratch: TaskCase(lambda: registered_task("ag_news", train_limit=2000), data),
     "trec": lambda data, scratch: TaskCase(lambda: registered_task("trec"), data),
+    "squad": lambda data, scratch: TaskCase(
+        lambda: registered_task("squad", train_limit=200, test_limit=40, length=160, stride=32), data
+    ),
     "text_file": lambda data, scratch: TaskCase(
         lambda: registered_task("text_file", path=str(text_table(scratch)), length=10, vocab_size=60)
     ),
@@ -204,7 +207,7 @@ TASKS = {
 }
 """Name → (data folder, scratch folder) → case."""
 NEEDS_DATA = frozenset(
-    {"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer", "sst2", "ag_news", "trec", "masked_lm"}
+    {"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer", "sst2", "ag_news", "trec", "masked_lm", "squad"}
 )
 
 
