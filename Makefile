@@ -41,14 +41,16 @@ clean:
 	rm -rf $(VENV) docs/_build docs/api build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # A stamp is newer than what it was made from, so a second call runs no pip.
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/sparing/engine/native/*)
+
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Sparing needs Python 3.11 or newer; this is ' + sys.version.split()[0] + '. Say which: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed $@

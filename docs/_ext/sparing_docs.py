@@ -131,7 +131,7 @@ class StepReference(Rendered):
 
     def text(self, argument: str) -> str:
         cls = resolve("steps", argument)
-        names = ("needs", "gives", "removes", "slots", "promises", "realises")
+        names = ("needs", "gives", "removes", "slots", "promises", "realises", "fragile")
         sets = [(name, declared(getattr(cls, name))) for name in names]
         facts = [("stage", cls.stage.value), *((name, value) for name, value in sets if value)]
         facts += [("class", f":class:`{cls.__module__}.{cls.__qualname__}`"), ("source", cls.source)]

@@ -9,7 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.compression.compiling import Compile, compile_model
+    from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
+    from sparing.compression.pruning_lightning import BlockPruning
+    from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
+    from sparing.compression.shrinking import Shrink, shrink
     from sparing.core.cost import cost_report
     from sparing.core.errors import (
         CorruptFile,
@@ -37,7 +42,10 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.data.wordpiece import WordPiece, train_wordpiece
-    from sparing.distillation.logits import Distil
+    from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.engine.compiler import compile_encoder
+    from sparing.engine.runtime import Engine
+    from sparing.engine.tuner import tune_production
     from sparing.models.bert import from_transformers
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
@@ -55,7 +63,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparing.compression.compiling": ("Compile", "compile_model"),
+    "sparing.compression.pruning": (
+        "BlockMagnitudePruner",
+        "BlockPrune",
+        "CubicSchedule",
+        "LockPattern",
+        "lock_pattern",
+    ),
+    "sparing.compression.pruning_lightning": ("BlockPruning",),
+    "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
+    "sparing.compression.shrinking": ("Shrink", "shrink"),
     "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
         "CorruptFile",
@@ -83,7 +102,10 @@ _HOMES = {
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
-    "sparing.distillation.logits": ("Distil",),
+    "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.engine.compiler": ("compile_encoder",),
+    "sparing.engine.runtime": ("Engine",),
+    "sparing.engine.tuner": ("tune_production",),
     "sparing.models.bert": ("from_transformers",),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
@@ -103,11 +125,18 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "LEAP",
     "Augment",
+    "BlockMagnitudePruner",
+    "BlockPrune",
+    "BlockPruning",
+    "Compile",
     "CorruptFile",
+    "CubicSchedule",
     "CustomTask",
     "DataError",
     "Distil",
+    "DistillationLoss",
     "Ema",
+    "Engine",
     "Export",
     "ImageClassification",
     "IncompatibleStep",
@@ -116,17 +145,20 @@ __all__ = [
     "LEAPCallback",
     "Leap",
     "Ledger",
+    "LockPattern",
     "MissingDependency",
     "NoEffect",
     "NodeClassification",
     "NotExportable",
     "Quantize",
     "RecipeError",
+    "Shrink",
     "SmoothLabels",
     "SparingError",
     "Step",
     "StoreError",
     "Task",
+    "Teacher",
     "TextClassification",
     "Train",
     "TrainingDiverged",
@@ -139,19 +171,25 @@ __all__ = [
     "__version__",
     "apply_leap",
     "build_model",
+    "compile_encoder",
+    "compile_model",
     "cost_report",
     "from_transformers",
     "hessian_trace",
     "leap_factor",
     "load",
+    "lock_pattern",
     "perturbation_flatness",
     "plan",
     "postprocess_spans",
+    "quantize_ptq",
     "run",
     "sharpness",
+    "shrink",
     "squad_metrics",
     "step",
     "train_wordpiece",
+    "tune_production",
 ]
 
 

@@ -73,9 +73,25 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "steps": {
+        "block_prune": Part(
+            "sparing.compression.pruning:BlockPrune",
+            "Prune blocks of weights in the next training, gradually, by their magnitude.",
+        ),
+        "shrink": Part(
+            "sparing.compression.shrinking:Shrink",
+            "Cut whole neurons, channels and attention heads out of the model, so that it is smaller in every runtime.",
+        ),
+        "lock_pattern": Part(
+            "sparing.compression.pruning:LockPattern",
+            "Keep the zeros of a pruned model through the next training.",
+        ),
         "augment": Part(
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
+        ),
+        "compile": Part(
+            "sparing.compression.compiling:Compile",
+            "Compile a text encoder for the CPU engine: INT8, with zeros in 4×1 blocks left out where that is faster.",
         ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
@@ -146,6 +162,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "predictors": {
+        "engine": Part(
+            "sparing.engine.predictor:EnginePredictor",
+            "An :class:`~sparing.engine.runtime.Engine` on token numbers (N, T), padded behind, to the head's output.",
+        ),
         "module": Part(
             "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."
         ),

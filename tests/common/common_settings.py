@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from sparing.compression.pruning import BlockPrune, LockPattern
+from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.images import LabelledImages
@@ -104,6 +106,22 @@ STEPS = {
         sparing.Distil(teacher="first", model=STUDENT, epochs=2, batch_size=16, checkpoint_every_batches=1),
         before=(TRAIN,),
         nothing="training moves the weights",
+    ),
+    "block_prune": StepCase(
+        BlockPrune(sparsity=0.5, convolutions=True),
+        after=(LAST, Shrink(id="realised")),
+        nothing=StepCase(BlockPrune(), task=poolings, nothing="is the case"),
+    ),
+    "lock_pattern": StepCase(
+        LockPattern(),
+        before=(BlockPrune(id="pruned", sparsity=0.5, convolutions=True), TRAIN),
+        after=(LAST, Shrink(id="realised")),
+        nothing=StepCase(LockPattern(), before=(TRAIN,), nothing="is the case"),
+    ),
+    "shrink": StepCase(
+        Shrink(ratio=0.5),
+        before=(TRAIN,),
+        nothing=StepCase(Shrink(ratio=0), before=(TRAIN,), nothing="is the case"),
     ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),

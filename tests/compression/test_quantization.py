@@ -294,6 +294,18 @@ def test_a_loss_that_is_not_accepted_keeps_fp32_with_figures(
     assert after.predictor is not job.predictor
 
 
+def test_the_accepted_loss_may_be_a_share_of_the_score(task: Blobs, tmp_path: Path) -> None:
+    job = job_of(task, fragile(task), tmp_path)
+    Quantize(goal="bytes", max_loss=1.0, max_relative_loss=0.02).apply(job)
+    fp32, first, *more = job.notes.candidates
+    assert first["note"] == "loses more than max_relative_loss = 0.02"
+    assert first["loss"] > 0.02 * fp32[f"val {task.headline.name}"] >= more[-1]["loss"]
+    assert Quantize(max_relative_loss=0.01).accepted(-0.5) == pytest.approx(0.005)
+    assert Quantize(max_loss=0.25).accepted(0.9) == 0.25
+    with pytest.raises(InvalidValue, match=r"max_relative_loss = -0\.1"):
+        Quantize(max_relative_loss=-0.1)
+
+
 def test_linear_models_try_dynamic_too(task: Blobs, linear: ModulePredictor, tmp_path: Path) -> None:
     job = job_of(task, linear, tmp_path)
     Quantize(goal="bytes", max_loss=0.02, per_channel=True).apply(job)

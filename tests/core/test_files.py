@@ -759,3 +759,26 @@ def test_a_file_that_grew_while_it_was_read_is_refused(tmp_path, monkeypatch):
 
 def test_sha256_of_a_file(tmp_path):
     assert files.sha256_of(written(tmp_path, b"abc")).startswith("ba7816bf8f01cfea")
+
+
+# ------------------------------------------------------------------------------------------------------------- mapping
+
+
+def test_a_mapped_file_is_read_only_and_outlives_its_replacement(tmp_path):
+    target = tmp_path / "a.pack"
+    files.write_atomic(target, b"old content")
+    mapped = files.map_bytes(target)
+    files.write_atomic(target, b"new")
+    assert (bytes(mapped), bytes(files.map_bytes(target)), mapped.readonly) == (b"old content", b"new", True)
+    files.write_atomic(target, b"")
+    assert bytes(files.map_bytes(target)) == b""
+
+
+def test_what_cannot_be_mapped_is_refused_by_name(tmp_path):
+    with pytest.raises(CorruptFile, match="gone is missing; a file is expected"):
+        files.map_bytes(tmp_path / "gone")
+    with pytest.raises(CorruptFile, match="is a folder"):
+        files.map_bytes(tmp_path)
+    (tmp_path / "large").write_bytes(b"12345")
+    with pytest.raises(CorruptFile, match="holds 5 bytes, more than the 4"):
+        files.map_bytes(tmp_path / "large", 4)

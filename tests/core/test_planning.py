@@ -90,6 +90,12 @@ def test_a_promise_that_nobody_realises_and_who_would():
         assert problems(Learn(), Mask())[0].endswith("add one of: none of the installed steps does")
 
 
+def test_a_recipe_cut_short_on_purpose_may_leave_its_promises_open():
+    steps = (Learn(), Mask(id="prune"), Shrink())
+    assert len(plan(Recipe(PartRef("digits"), steps), until="prune").steps) == 2
+    assert problems(Learn(), Mask(id="prune"), Mask(id="again"), until="gone")[0].startswith("--until gone")
+
+
 def test_an_exclusive_slot_is_filled_once_before_each_training():
     assert problems(Pace(), Pace(id="other"), Learn()) == [
         "steps[1]: 'other' sets the training plan's batch_sampler, which 'pace' at steps[0] has set"

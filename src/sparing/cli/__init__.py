@@ -202,13 +202,16 @@ def bench(
     *,
     threads: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     batch: Annotated[int, Parameter(validator=Number(gte=1))] = 64,
+    max_latency_ms: Annotated[float | None, Parameter(validator=Number(gt=0), show_default=False)] = None,
+    length: Annotated[int | None, Parameter(validator=Number(gte=1), show_default=False)] = None,
     data: Data = None,
     trust: Trust = (),
     json: Json = False,
 ) -> Any:
     """Measure one saved model: bytes, parameters, MACs, latency, throughput, memory, energy.
 
-    Quality too, when the model's task is one of Sparing's and its data are there.
+    Quality too, when the model's task is one of Sparing's and its data are there. With --max-latency-ms instead how a
+    compiled model is served best: batch size and number of instances with the most throughput within that limit.
 
     Parameters
     ----------
@@ -218,6 +221,10 @@ def bench(
         Threads of the runtime.
     batch
         Batch size of the throughput.
+    max_latency_ms
+        Find the batch size, instances and cores with the most throughput whose 99th percentile stays within this limit.
+    length
+        Tokens of each text, with --max-latency-ms. Default: the longest that the model was compiled for.
     data
         Folder of data sets. Default: $SPARING_DATA, or the user's data folder.
     trust
@@ -225,8 +232,10 @@ def bench(
     json
         Print one JSON document and nothing else.
     """
-    from sparing.cli.benching import bench_folder
+    from sparing.cli.benching import bench_folder, serve_folder
 
+    if max_latency_ms is not None:
+        return serve_folder(folder, max_latency_ms, length, json=json)
     return bench_folder(folder, threads=threads, batch=batch, data=data, trust=trust, json=json)
 
 

@@ -1,4 +1,4 @@
-"""``sparing bench``: the measured figures of one saved model."""
+"""``sparing bench``: the measured figures of one saved model, or how it is served best."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from sparing.core.errors import InvalidValue, SparingError
 
 if TYPE_CHECKING:
     from sparing.core.ledger import Figure
+    from sparing.core.meter import Examples
     from sparing.core.predictor import Predictor
     from sparing.core.task import Task
+    from sparing.engine.tuner import Row
 
 RAW_SIZE = 256
 """Height and width of the image that stands in for a raw input when the task is not there to give one."""
+
+
+RAW_TEXT = "The committee, which had met twice that week already, could not agree on where the new bridge should stand."
+"""The text that stands in for a raw input."""
 
 
 def bench_folder(folder: Path, *, threads: int, batch: int, data: Path | None, trust: Sequence[str], json: bool) -> Any:
@@ -37,8 +43,7 @@ def bench_folder(folder: Path, *, threads: int, batch: int, data: Path | None, t
             reason = str(error)
     if reason:
         remarks.append(f"quality is not measured: {reason}")
-    examples = task if task is not None else examples_for(predictor)
-    figures |= meter.costs(examples, predictor)
+    figures |= meter.costs(_examples_of(task, predictor), predictor)
     described = predictor.describe()
     if not json:
         output.say(f"{folder}: {described.kind}, {described.precision}, in {described.runtime}, {threads} threads")
@@ -60,6 +65,45 @@ def bench_folder(folder: Path, *, threads: int, batch: int, data: Path | None, t
     }
 
 
+def serve_folder(folder: Path, max_latency_ms: float, length: int | None, *, json: bool) -> Any:
+    """Find batch × instances × cores with the most throughput within the limit. A document."""
+    from sparing.core.environment import environment
+    from sparing.core.predictor import load
+    from sparing.engine.predictor import EnginePredictor
+    from sparing.engine.tuner import tune_production
+
+    predictor = load(folder)
+    if not isinstance(predictor, EnginePredictor):
+        raise InvalidValue(
+            f"{folder} holds a model of kind {predictor.kind!r}; --max-latency-ms is for compiled ones: end its recipe "
+            "with the step compile"
+        )
+    found = tune_production(predictor.engine, max_latency_ms, length=length)
+    if not json:
+        shown = output.table("batch", "instances", "cores each", "p50 ms", "p99 ms", "sequences a second", "", right=())
+        for row in found.table:
+            mark = "best" if row is found.best else "" if row.p99_ms <= max_latency_ms else "too slow"
+            figures = (f"{row.p50_ms:.3f}", f"{row.p99_ms:.3f}", f"{row.throughput:.0f}")
+            shown.add_row(*map(str, (row.batch, row.instances, row.cores)), *figures, mark)
+        output.console().print(shown)
+        output.say(
+            f"most throughput with a p99 of at most {max_latency_ms:g} ms: batch {found.best.batch}, "
+            f"{found.best.instances} instances: {found.best.throughput:.0f} sequences a second"
+        )
+    return {
+        "folder": str(folder),
+        "max_latency_ms": max_latency_ms,
+        "tokens": length or predictor.engine.max_length,
+        "best": _row(found.best),
+        "table": [_row(row) for row in found.table],
+        "environment": environment(),
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"throughput": row.throughput}
+
+
 def _task_of(predictor: Predictor) -> tuple[Task | None, str]:
     """The registered task the model was made for, or why there is none."""
     from sparing.core.registry import parts, resolve
@@ -74,6 +118,17 @@ def _task_of(predictor: Predictor) -> tuple[Task | None, str]:
     except (TypeError, SparingError):
         return None, f"the task {name!r} cannot be built without its fields"
     return task, ""
+
+
+def _examples_of(task: Task | None, predictor: Predictor) -> Examples:
+    """The task's example inputs, or made-up ones where there is no task or its examples come from data it lacks."""
+    try:
+        if task is not None:
+            task.example_input(1)
+            return task
+    except SparingError:
+        pass
+    return examples_for(predictor)
 
 
 @dataclass(frozen=True)
@@ -91,20 +146,26 @@ class _Examples:
 
 
 def examples_for(predictor: Predictor) -> _Examples:
-    """Example inputs for a predictor alone: a random image through its preprocessing, or what its graph asks for."""
+    """Example inputs for a predictor alone: an image or a text through its preprocessing, or what it asks for."""
     import numpy as np
 
     from sparing.core.predictor.onnx import OnnxPredictor
+    from sparing.engine.predictor import EnginePredictor
 
     preprocessing = predictor.preprocessing
     if preprocessing is not None:
-        raw = [np.random.RandomState(0).randint(0, 256, (RAW_SIZE, RAW_SIZE, 3)).astype(np.uint8)]
-        try:
-            preprocessing(raw)
-        except SparingError:
-            pass  # not made for images; the graph may tell what it takes
-        else:
-            return _Examples(lambda batch: (preprocessing(raw * batch),), raw)
+        image = np.random.RandomState(0).randint(0, 256, (RAW_SIZE, RAW_SIZE, 3)).astype(np.uint8)
+        for raw in ([image], [RAW_TEXT]):
+            try:
+                preprocessing(raw)
+            except SparingError:
+                continue  # made for something else; the graph may tell what it takes
+            return _Examples(lambda batch, raw=raw: (preprocessing(raw * batch),), raw)  # type: ignore[misc]
+    if isinstance(predictor, EnginePredictor):
+        from sparing.engine.runtime import example_ids
+
+        engine = predictor.engine
+        return _Examples(lambda batch: (example_ids(engine.encoder, batch, engine.max_length),))
     if isinstance(predictor, OnnxPredictor):
         wanted = predictor.session.get_inputs()
         plain = predictor.input_paths == [str(index) for index in range(len(wanted))]
@@ -118,6 +179,7 @@ def examples_for(predictor: Predictor) -> _Examples:
 
             return _Examples(make)
     raise InvalidValue(
-        "no inputs can be made up for this model: it has no image preprocessing, and its graph does not fix the shape "
-        "of float inputs. Measure it from Python: sparing.core.meter.Meter().costs(task, sparing.load(folder))"
+        "no inputs can be made up for this model: it has no preprocessing for images or texts, and its graph does not "
+        "fix the shape of float inputs. Measure it from Python: sparing.core.meter.Meter().costs(task, "
+        "sparing.load(folder))"
     )

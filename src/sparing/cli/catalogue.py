@@ -93,7 +93,7 @@ def _describe(kind: str, name: str) -> dict[str, Any]:
         "fields": fields_of(target),
     }
     if kind == "steps":
-        for attribute in ("needs", "gives", "removes", "promises", "realises"):
+        for attribute in ("needs", "gives", "removes", "promises", "realises", "fragile"):
             described[attribute] = sorted(getattr(target, attribute))
         described["stage"], described["source"] = str(target.stage), target.source
     if kind == "tasks":
@@ -224,7 +224,7 @@ def _print_part(document: Mapping[str, Any]) -> None:
         return
     title = f"{document['kind'][:-1]} {document['name']}  ({document['target']})"
     output.say(title, "", without_arguments(document["doc"]), "")
-    for name in ("needs", "gives", "removes", "promises", "realises", "capabilities"):
+    for name in ("needs", "gives", "removes", "promises", "realises", "fragile", "capabilities"):
         if document.get(name):
             output.say(f"{name}: {', '.join(document[name])}")
     if document.get("source"):

@@ -81,6 +81,7 @@ def examine(*, json: bool) -> Any:
         _lightning(),
         _torchvision(),
         _torch_threads(),
+        *_engine(),
         *_extras(),
         _energy_counter(),
         *_store(),
@@ -204,6 +205,15 @@ def _torch_threads() -> Finding:
         return Finding("torch", "wrong", f"cannot be imported: {error}", "pip install --force-reinstall torch")
     devices = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
     return Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {devices}")
+
+
+def _engine() -> list[Finding]:
+    """Whether the engine's native code is here, and which of its instruction paths runs."""
+    from sparing.engine.native import cpu_capability, doctor_lines
+
+    compiled = cpu_capability().compiled
+    cure = "" if compiled else "install a C++ compiler (g++ or clang++), then pip install --force-reinstall sparing"
+    return [Finding(name, "ok" if compiled else "note", detail, cure) for name, detail in doctor_lines()]
 
 
 def _extras() -> list[Finding]:

@@ -310,6 +310,8 @@ class Quantize(Step):
     """What must get better: the p50 at batch 1 on this machine, or the bytes of the saved model."""
     max_loss: float = Field(default=0.005, ge=0)
     """Accepted loss on the validation split, in units of the task's headline metric."""
+    max_relative_loss: float | None = Field(default=None, ge=0)
+    """Accepted loss as a share of FP32's own value, in place of ``max_loss``: 0.01 of an accuracy of 0.9 is 0.009."""
     mode: Literal["auto", "static", "dynamic"] = "auto"
     """"auto": static, and dynamic too where all layers are linear."""
     per_channel: bool | None = None
@@ -322,6 +324,10 @@ class Quantize(Step):
     """Names of layers (as in the graph) that stay in FP32 in any case."""
     margin: float = Field(default=0.05, ge=0.05, lt=1)
     """A candidate must win by this share; less is a tie."""
+
+    def accepted(self, base: float) -> float:
+        """Loss that is accepted where FP32 has the value ``base``, in units of the headline metric."""
+        return self.max_loss if self.max_relative_loss is None else self.max_relative_loss * abs(base)
 
     def apply(self, job: Job) -> Job:
         """The job with an int8 predictor, or with the FP32 one when that is the better."""
@@ -354,7 +360,7 @@ class Quantize(Step):
                 raise
             except Exception as error:  # the runtime's quantiser raises anything; FP32 still stands
                 failures.append({"name": str(scheme), "note": f"failed: {type(error).__name__}: {str(error)[:200]}"})
-        chosen = self._choose(job, fp32, [candidate for candidate in tried if candidate.loss <= self.max_loss])
+        chosen = self._choose(job, fp32, [candidate for candidate in tried if candidate.loss <= self.accepted(base)])
         figures = [candidate.figures(headline.name) for candidate in (fp32, *tried)] + failures
         remarks = [f"operators in float: {'all' if chosen is fp32 else ', '.join(chosen.in_float) or 'none'}"]
         if any(scheme.mode == "static" for scheme in schemes):
@@ -408,7 +414,7 @@ class Quantize(Step):
     ) -> list[_Candidate]:
         """The scheme, and where it loses too much, versions of it with more and more layers in float."""
         tried = [self._candidate(job, scheme, model, source, feeds, base)]
-        if tried[0].loss <= self.max_loss:
+        if tried[0].loss <= self.accepted(base):
             return tried
         found = layer_sensitivity(model, scheme, feeds[:SENSITIVITY_BATCHES])
         if scheme.mode == "dynamic":
@@ -421,7 +427,7 @@ class Quantize(Step):
         for count in _counts(len(ordered)):
             kept = replace(scheme, keep_float=(*scheme.keep_float, *ordered[:count]))
             tried.append(self._candidate(job, kept, model, source, feeds, base))
-            if tried[-1].loss <= self.max_loss:
+            if tried[-1].loss <= self.accepted(base):
                 break
         return tried
 
@@ -436,7 +442,8 @@ class Quantize(Step):
         predictor = source.with_graph(content, str(scheme), reduced_range=products_saturate(), calibrated=calibrated)
         score = self._score(job, predictor)
         loss = base - score if job.task.headline.better == "higher" else score - base
-        note = "" if loss <= self.max_loss else f"loses more than max_loss = {self.max_loss:g}"
+        limit = "max_loss" if self.max_relative_loss is None else "max_relative_loss"
+        note = "" if loss <= self.accepted(base) else f"loses more than {limit} = {getattr(self, limit):g}"
         return _Candidate(str(scheme), predictor, score, loss, in_float, note=note)
 
     def _choose(self, job: Job, fp32: _Candidate, accepted: list[_Candidate]) -> _Candidate:

@@ -55,6 +55,10 @@ class NotExportable(SparingError):
     """A model cannot be written in the requested format; names the operator or layer that stands in the way."""
 
 
+class UnsupportedISA(SparingError):
+    """An instruction path was asked for by name that this CPU, or this build of the engine, does not have."""
+
+
 class TrainingDiverged(SparingError):
     """The loss stayed NaN or infinite for several steps in a row."""
 

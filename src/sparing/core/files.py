@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import secrets
 import shutil
@@ -193,7 +194,7 @@ def write_json(target: Path, value: Any) -> None:
         content = (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
         if len(content) > MAX_JSON_BYTES:
             raise ValueError(f"it takes {len(content)} bytes, more than {MAX_JSON_BYTES}; arrays belong into npz files")
-        _parse(content)
+        parse_json(content)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValue(f"cannot write {target}: {error}") from error
     write_atomic(target, content)
@@ -211,6 +212,23 @@ def read_bytes(source: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         if len(content) != size:
             raise CorruptFile(f"{source} changed from {size} to {len(content)} bytes or more while it was read")
         return content
+    except OSError as error:
+        raise _storage_error("read", source, error) from error
+
+
+def map_bytes(source: Path, limit: int = MAX_FILE_BYTES) -> memoryview:
+    """The content of a regular file, mapped into memory read-only: all processes that map it share one copy.
+
+    Whoever replaces the file by another (as everything here does) leaves the mapping as it is; a file that is shortened
+    in place takes the process down when the missing part is read.
+    """
+    try:
+        _must_be_file(source)
+        with source.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise CorruptFile(f"{source} holds {size} bytes, more than the {limit} a file of this kind may have")
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
     except OSError as error:
         raise _storage_error("read", source, error) from error
 
@@ -241,8 +259,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _parse(content: bytes) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, bounded in size and depth."""
+def parse_json(content: bytes) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, bounded in size and depth; else ``ValueError``."""
     if sum(content.count(sign) for sign in (b",", b"[", b"{")) > MAX_JSON_ITEMS:
         raise ValueError(f"it holds more than {MAX_JSON_ITEMS} values")
     text = content.decode("utf-8")
@@ -253,7 +271,7 @@ def read_json(source: Path) -> Any:
     """Parse strict JSON: UTF-8, no duplicate keys, no NaN or infinity, bounded in size and depth."""
     content = read_bytes(source, MAX_JSON_BYTES)
     try:
-        return _parse(content)
+        return parse_json(content)
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{source} is not valid JSON: {error}") from error
 
@@ -295,7 +313,7 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
         length = int.from_bytes(content[:8], "little")
         if length > min(MAX_HEADER_BYTES, len(content) - 8):
             raise ValueError(f"its header of {length} bytes is cut off, or longer than {MAX_HEADER_BYTES}")
-        _parse(content[8 : 8 + length])
+        parse_json(content[8 : 8 + length])
         return load(content)
     except Exception as error:  # the library's own, and KeyError, TypeError, OverflowError, RuntimeError of odd shapes
         raise CorruptFile(f"{source} is not a valid safetensors file: {_first_line(error)}") from error

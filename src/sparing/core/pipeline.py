@@ -119,7 +119,7 @@ def plan(
         before = DATA_FOLDER.set(Path(data) if data else None)
         try:
             of_model = _planned_model(recipe, task, problems)
-            check_steps(recipe, task, of_model, problems)
+            check_steps(recipe, task, of_model, problems, whole=until is None)
         finally:
             DATA_FOLDER.reset(before)
     if problems or task is None or meter is None:
@@ -212,8 +212,13 @@ def capabilities_of(model: Any) -> frozenset[str]:
     return frozenset(getattr(model, "capabilities", ())) | {"module"}
 
 
-def check_steps(recipe: Recipe, task: Task, of_model: frozenset[str], problems: list[str]) -> None:
-    """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names."""
+def check_steps(
+    recipe: Recipe, task: Task, of_model: frozenset[str], problems: list[str], *, whole: bool = True
+) -> None:
+    """Append every reason why these steps cannot run in this order: ids, capabilities, slots, promises, row names.
+
+    Promises may stay open unless the recipe is the ``whole`` of what is to be run.
+    """
     capabilities = task.capabilities | of_model
     stand = _Standing(set(capabilities), task)
     if recipe.trained:
@@ -227,7 +232,7 @@ def check_steps(recipe: Recipe, task: Task, of_model: frozenset[str], problems: 
             )
         ids.append(step.id)
     _check_sequence([(recipe.place(index), step) for index, step in enumerate(recipe.steps)], stand, problems)
-    for promise, (step, place) in stand.promises.items():
+    for promise, (step, place) in stand.promises.items() if whole else ():
         realisers = _steps_with("realises", promise)
         problems.append(
             f"{place}: {step.id!r} promises {promise}, which no later step realises; "
@@ -245,6 +250,8 @@ class _Standing:
     """Those with a model, which a later step may name."""
     slots: dict[str, str] = field(default_factory=dict)
     promises: dict[str, tuple[Step, str]] = field(default_factory=dict)
+    at_risk: set[str] = field(default_factory=set)
+    """Promises that the next training would undo."""
 
     def copy(self) -> _Standing:
         return _Standing(set(self.capabilities), self.task, list(self.rows), dict(self.slots))
@@ -268,7 +275,11 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
             stand.task = target
         stand.capabilities = (stand.capabilities - step.removes) | step.gives
         for promise in step.realises:
-            stand.promises.pop(promise, None)
+            maker, made = stand.promises.pop(promise, (None, ""))
+            if maker and promise in maker.fragile and "training" in maker.promises and promise not in stand.at_risk:
+                problems.append(
+                    f"{place}: {step.id!r} comes before the training in which {maker.id!r} at {made} makes {promise}"
+                )
         for slot in step.slots:
             if slot in stand.slots:
                 problems.append(
@@ -277,10 +288,30 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
             stand.slots[slot] = f"{step.id!r} at {place}"
         if "training" in step.realises:
             stand.slots.clear()
+            _check_fragile(step, place, stand, problems)
         for promise in step.promises:
             stand.promises[promise] = (step, place)
+            stand.at_risk.discard(promise)
+            if promise in step.fragile and "training" not in step.promises:
+                stand.at_risk.add(promise)  # it is kept already; other steps keep theirs in the training that follows
         if "trained" in stand.capabilities:
             stand.rows.append(step.id)
+
+
+def _check_fragile(training: Step, place: str, stand: _Standing, problems: list[str]) -> None:
+    """A training keeps what was promised since the last one, and undoes what is fragile and older."""
+    for promise, (step, made) in stand.promises.items():
+        if promise not in step.fragile:
+            continue
+        if promise in stand.at_risk:
+            keepers = [
+                name for name in _steps_with("fragile", promise) if "training" in resolve("steps", name).promises
+            ]
+            problems.append(
+                f"{place}: {training.id!r} would undo the {promise} of {step.id!r} at {made}; "
+                f"put a step before it that keeps it: {', '.join(keepers) or 'none of the installed steps does'}"
+            )
+        stand.at_risk.add(promise)
 
 
 def _same_name(old: Task, new: Task) -> str:

@@ -55,6 +55,9 @@ class Step:
     """What a later step must realise (e.g. "sparsity"); a recipe that leaves a promise open is refused."""
     realises: ClassVar[frozenset[str]] = frozenset()
     """Promises of earlier steps that this step makes real."""
+    fragile: ClassVar[frozenset[str]] = frozenset()
+    """Promises that a further training would undo: one that follows is refused, unless a step before it promises the
+    same again (as ``lock_pattern`` does for the zeros of a pruned model)."""
     slots: ClassVar[frozenset[str]] = frozenset()
     """Exclusive slots of the training plan this step fills; no two steps up to and with a training may fill one."""
     by_clock: ClassVar[bool] = False
@@ -181,7 +184,7 @@ def _check_declarations(cls: type[Step], name: str) -> None:
         raise InvalidValue(f"{where} declares no stage; one of Stage.{', Stage.'.join(Stage.__members__)} is needed")
     if cls.apply is Step.apply:
         raise InvalidValue(f"{where} does not define apply(self, job)")
-    for declared in ("needs", "gives", "removes", "promises", "realises", "slots"):
+    for declared in ("needs", "gives", "removes", "promises", "realises", "fragile", "slots"):
         value = getattr(cls, declared)
         if not isinstance(value, property) and not (
             isinstance(value, frozenset | set) and all(isinstance(word, str) for word in value)

@@ -1,13 +1,20 @@
-"""Distillation of logits (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2)."""
+"""Distillation of logits (Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2).
+
+One loss for whatever is predicted by logits over classes: the class of a sample, a masked word, or the place at which
+an answer starts and ends.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+import torch
+from jaxtyping import Float, Int
 from pydantic import Field
+from torch import Tensor, nn
 
 from sparing.core import registry
 from sparing.core.errors import IncompatibleStep, InvalidValue
@@ -15,11 +22,13 @@ from sparing.core.step import RowId, step
 from sparing.core.training import Train
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from sparing.core.job import Job, TrainingPlan
     from sparing.core.predictor import Predictor
     from sparing.core.task import Task
+
+
+IGNORED = -100
+"""The label of what does not count, as torch's cross-entropy has it."""
 
 
 def distillation_loss(
@@ -64,51 +73,146 @@ def distillation_loss(
     return total * (temperature**2 / positions)
 
 
+class DistillationLoss(nn.Module):
+    """α_CE · CE(student, labels) + α_KD · T² · KL(softmax(teacher/T) ‖ softmax(student/T)), for a loop of your own.
+
+    Both terms are means over the predictions that count: those whose label is not -100. Classes lie along the last
+    dimension, so that one call serves
+
+    - a classifier: logits (N, classes), labels (N,);
+    - a masked language model: logits (N, places, words), labels (N, places) with -100 where nothing was masked;
+    - extractive question answering: logits (N, 2, positions) of start and end, labels (N, 2); for a model that gives
+      (N, positions, 2), its ``logits.transpose(1, 2)``. Start and end weigh the same.
+
+    Args:
+        alpha_ce: weight of the labels' cross-entropy, ≥ 0.
+        alpha_kd: weight of the teacher, ≥ 0.
+        temperature: T > 0.
+
+    Raises:
+        InvalidValue: arguments outside what is allowed; logits or labels whose shapes disagree.
+    """
+
+    def __init__(self, alpha_ce: float = 0.5, alpha_kd: float = 0.5, temperature: float = 2.0) -> None:
+        super().__init__()
+        for name, value in (("alpha_ce", alpha_ce), ("alpha_kd", alpha_kd)):
+            if not value >= 0:
+                raise InvalidValue(f"{name} = {value}; 0 or more is expected")
+        if not temperature > 0:
+            raise InvalidValue(f"temperature = {temperature}; more than 0 is needed")
+        self.alpha_ce, self.alpha_kd, self.temperature = alpha_ce, alpha_kd, temperature
+
+    def forward(
+        self,
+        student_logits: Float[Tensor, "*rows classes"],
+        teacher_logits: Float[Tensor, "..."],
+        labels: Int[Tensor, "..."],
+    ) -> Float[Tensor, ""]:
+        """(…, classes), (…, classes), (…) → a scalar; 0 when no label counts."""
+        if labels.shape != student_logits.shape[:-1]:
+            raise InvalidValue(
+                f"labels of shape {tuple(labels.shape)} for logits of shape {tuple(student_logits.shape)}; "
+                f"{tuple(student_logits.shape[:-1])} is expected"
+            )
+        if student_logits.shape != teacher_logits.shape:
+            raise InvalidValue(
+                f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
+                f"{tuple(teacher_logits.shape)}; they must be equal"
+            )
+        counts = labels != IGNORED
+        if not bool(counts.any()):
+            return student_logits.sum() * 0
+        student, teacher = student_logits[counts], teacher_logits[counts]
+        hard = nn.functional.cross_entropy(student, labels[counts])
+        return self.alpha_ce * hard + self.alpha_kd * distillation_loss(student, teacher, self.temperature)
+
+
+class Teacher(nn.Module):
+    """A copy of a model that answers and never learns: its parameters are buffers, so that no optimizer sees them.
+
+    It stays in evaluation mode when what it is part of is put into training mode, and computes no gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for module in self.model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    del module._parameters[name]
+                    module.register_buffer(name, parameter.detach())
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay as it is."""
+        return super().train(False)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model answers."""
+        with torch.no_grad():
+            return self.model(*inputs, **named)
+
+
 def distillation_term(
     teacher: Predictor, task: Task, temperature: float, weight: float
 ) -> Callable[[Tensor, Any, Any, nn.Module], Tensor]:
     """A loss term for a :class:`TrainingPlan`: (1 − weight) · loss so far + weight · :func:`distillation_loss`.
 
-    A module teacher runs on the student's device; any other is asked for arrays.
+    Compared are the task's ``predictions``. A module teacher runs on the student's device; any other is asked for
+    arrays.
     """
-    import torch
-
     from sparing.core.predictor import ModulePredictor
 
-    copies: dict[torch.device, nn.Module] = {}  # the row's own model stays where it is
+    copies: dict[torch.device, Teacher] = {}  # the row's own model stays where it is
 
     def teach(batch: Any, device: torch.device) -> Tensor:
-        with torch.no_grad():
-            if isinstance(teacher, ModulePredictor):
-                if device not in copies:
-                    copies[device] = copy.deepcopy(teacher.model).to(device)
-                answer = task.outputs(copies[device], batch)
-            else:
-                answer = torch.as_tensor(task.outputs(teacher, batch))
-        return answer.to(device)
+        if not isinstance(teacher, ModulePredictor):
+            return torch.as_tensor(task.outputs(teacher, batch)).to(device)
+        if device not in copies:
+            copies[device] = Teacher(teacher.model).to(device)
+        return task.outputs(copies[device], batch).to(device)
 
     def term(loss: Tensor, outputs: Any, batch: Any, model: nn.Module) -> Tensor:
         if not isinstance(outputs, torch.Tensor):
             raise IncompatibleStep(
                 f"distillation of logits needs a model whose output is one tensor; it gives a {type(outputs).__name__}"
             )
-        soft = distillation_loss(
-            outputs, teach(batch, outputs.device).to(outputs.dtype), temperature, reduction=task.loss_reduction
-        )
+        answers = teach(batch, outputs.device).to(outputs.dtype)
+        if answers.shape != outputs.shape:
+            raise InvalidValue(
+                f"the student's outputs have shape {tuple(outputs.shape)}, the teacher's {tuple(answers.shape)}; they "
+                "must be equal"
+            )
+        student, taught = task.predictions(outputs, batch), task.predictions(answers, batch)
+        if not len(student):
+            return loss  # a batch without a masked word: nothing is predicted
+        soft = distillation_loss(student, taught, temperature, reduction=task.loss_reduction)
         return (1 - weight) * loss + weight * soft
 
     return term
+
+
+PREDICTS = frozenset({"classification", "span", "masked_lm"})
+"""Capabilities of tasks whose ``predictions`` are known."""
+
+
+def _check_predictions(task: Task) -> None:
+    from sparing.core.task import Task
+
+    if not task.capabilities & PREDICTS and type(task).predictions is Task.predictions:
+        task.predictions(torch.zeros(1, 1), ())  # raises, saying what would be right
 
 
 @step("distil")
 class Distil(Train):
     """Train a student on the labels and on a teacher's softened outputs.
 
-    The fields of ``train`` hold for the student's training. With ``weight=0`` the teacher is not asked, and the result
+    The task's outputs are logits: of classes, of masked words, or of the starts and ends of answers. The fields of
+    ``train`` hold for the student's training. With ``weight=0`` the teacher is not asked, and the result
     equals that of ``train`` on the same model, bit for bit: the control.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"classification"})
+    needs: ClassVar[frozenset[str]] = frozenset()  # of the task: see check
     source: ClassVar[str] = "Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, section 2"
 
     teacher: RowId | None = None
@@ -142,10 +246,11 @@ class Distil(Train):
             registry.resolve("models", name)  # raises, naming the closest
 
     def check(self, task: Task) -> None:
-        """The student can be built."""
+        """The task predicts by logits, and the student can be built."""
         from sparing.core.predictor import build_model, outline
 
         super().check(task)
+        _check_predictions(task)
         if isinstance(self.model, str | Mapping):
             name, fields = self._named()
             outline(lambda: build_model(name, task, **fields))
@@ -164,7 +269,7 @@ class Distil(Train):
 
         if self.model is None:
             return job.fresh_model()
-        if hasattr(self.model, "state_dict"):
+        if hasattr(self.model, "state_dict") and not isinstance(self.model, type):
             return copy.deepcopy(self.model)
         if callable(self.model):
             with isolated_rng("model", job.seed):
@@ -178,6 +283,7 @@ class Distil(Train):
 
     def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
         """The student, and the plan with the distillation term after all others."""
+        _check_predictions(job.task)
         student = self.student(job)
         if self.weight == 0:
             return student, job.training

@@ -6,8 +6,9 @@ over real tokens. Padding and token types are read off the token numbers, so the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from sparing.core.errors import DataError, InvalidValue, MissingDependency
-from sparing.models.convnet import whole
+from sparing.models.convnet import each, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,23 +82,27 @@ class EncoderBlock(nn.Module):
         hidden: units between the two linear layers.
         dropout: share dropped of attention weights and of what is added, in training.
         eps: of the layer norms.
+        head_dim: units of a head; ``dim`` shared among the heads if none.
     """
 
-    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, eps: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, hidden: int, dropout: float, eps: float, head_dim: int | None = None
+    ) -> None:
         super().__init__()
+        inner = dim if head_dim is None else heads * head_dim
         self.heads, self.rate = heads, dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.attention_out = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, inner)
+        self.key = nn.Linear(dim, inner)
+        self.value = nn.Linear(dim, inner)
+        self.attention_out = nn.Linear(inner, dim)
         self.attention_norm = nn.LayerNorm(dim, eps)
         self.up = nn.Linear(dim, hidden)
         self.down = nn.Linear(hidden, dim)
         self.output_norm = nn.LayerNorm(dim, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x: Float[Tensor, "n t dim"], mask: Float[Tensor, "n 1 1 t"]) -> Float[Tensor, "n t dim"]:
-        """softmax(q kᵀ / √d + mask) v in each head: (N, T, dim) → (N, T, dim)."""
+    def attend(self, x: Float[Tensor, "n t dim"], mask: Float[Tensor, "n 1 1 t"]) -> Float[Tensor, "n t inner"]:
+        """softmax(q kᵀ / √d + mask) v in each head: (N, T, dim) → (N, T, heads · head_dim)."""
         q, k, v = (
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
@@ -175,8 +180,8 @@ class Bert(nn.Module):
         vocab_size: number of different tokens.
         dim: width of a token.
         depth: number of blocks.
-        heads: attention heads; must divide ``dim``.
-        hidden: units of a block's feed-forward; 4·dim if none.
+        heads: attention heads, of all blocks or of each; must divide ``dim`` unless ``head_dim`` is given.
+        hidden: units of a block's feed-forward, of all blocks or of each; 4·dim if none.
         max_length: longest input in tokens.
         segments: number of token types: 2 for BERT, 0 for none. Tokens behind the first ``sep_id`` are of type 1.
         dropout: share dropped of embeddings, attention weights, each block's two branches, the classifier's input.
@@ -189,15 +194,18 @@ class Bert(nn.Module):
         num_classes: logits of a classifier.
         pooler: a classifier's dense layer on the first token: "tanh" (BERT, RoBERTa), "relu" (DistilBERT) or "none".
         pooling: an embedding is the "first" token or the "mean" of those that are no padding.
+        head_dim: units of each attention head; ``dim`` shared among the heads if none.
     """
+
+    capabilities: ClassVar[frozenset[str]] = frozenset({"text_encoder"})
 
     def __init__(
         self,
         vocab_size: int,
         dim: int = 256,
         depth: int = 4,
-        heads: int = 4,
-        hidden: int | None = None,
+        heads: int | Sequence[int] = 4,
+        hidden: int | Sequence[int] | None = None,
         max_length: int = 64,
         segments: int = 0,
         dropout: float = 0.1,
@@ -209,12 +217,15 @@ class Bert(nn.Module):
         num_classes: int = 2,
         pooler: Pooler = "none",
         pooling: Pooling = "first",
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        hidden = 4 * dim if hidden is None else hidden
-        whole("bert", vocab_size=vocab_size, dim=dim, depth=depth, heads=heads, hidden=hidden, max_length=max_length)
-        whole("bert", num_classes=num_classes)
-        if dim % heads:
+        whole("bert", vocab_size=vocab_size, dim=dim, depth=depth, max_length=max_length, num_classes=num_classes)
+        heads_of = each("bert", "heads", heads, depth)
+        hidden_of = each("bert", "hidden", 4 * dim if hidden is None else hidden, depth)
+        if head_dim is not None:
+            whole("bert", head_dim=head_dim)
+        elif any(dim % count for count in heads_of):
             raise InvalidValue(f"bert: dim = {dim} cannot be shared among heads = {heads}")
         for name, value, limit in (
             ("segments", segments, 1 << 16),
@@ -235,7 +246,10 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(
             vocab_size, dim, max_length, segments, dropout, eps, pad_id, sep_id, position_offset
         )
-        self.blocks = nn.ModuleList(EncoderBlock(dim, heads, hidden, dropout, eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(dim, count, units, dropout, eps, head_dim)
+            for count, units in zip(heads_of, hidden_of, strict=True)
+        )
         if head == "classifier":
             self.head: nn.Module = ClassifierHead(dim, num_classes, pooler, dropout)
         elif head == "span":

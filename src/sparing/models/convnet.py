@@ -22,6 +22,16 @@ def whole(model: str, at_least: int = 1, **values: object) -> None:
             raise InvalidValue(f"{model}: {name} = {value!r}; a whole number of at least {at_least} is expected")
 
 
+def each(model: str, name: str, value: object, count: int) -> list[int]:
+    """One whole number for each of ``count`` parts: ``value`` for all, or a sequence of them."""
+    values = [value] * count if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if len(values) != count:
+        raise InvalidValue(f"{model}: {name} = {value!r}; a whole number, or {count} of them, is expected")
+    for i, item in enumerate(values):
+        whole(model, **{name if isinstance(value, int) else f"{name}[{i}]": item})
+    return values
+
+
 class ConvNet(nn.Module):
     """Plain ReLU convolutional network: stages at halving resolution, then a linear layer.
 
@@ -33,7 +43,7 @@ class ConvNet(nn.Module):
         in_channels: channels of an image.
         num_classes: number of logits.
         image_size: height and width in pixels.
-        widths: channels of each stage.
+        widths: channels of each stage; for a stage whose convolutions differ, a list of theirs.
         depths: convolutions in each stage: one number for all, or one for each stage.
         downsample: how a stage halves the resolution (odd sizes round down): "pool" (2×2 max pooling before it) or
             "stride" (its first convolution has stride 2; odd sizes round up).
@@ -48,7 +58,7 @@ class ConvNet(nn.Module):
         in_channels: int = 1,
         num_classes: int = 10,
         image_size: int = 28,
-        widths: Sequence[int] = (16, 32, 128, 256),
+        widths: Sequence[int | Sequence[int]] = (16, 32, 128, 256),
         depths: int | Sequence[int] = 1,
         downsample: Literal["pool", "stride"] = "pool",
         head: Literal["average", "flatten"] = "average",
@@ -61,8 +71,10 @@ class ConvNet(nn.Module):
             raise InvalidValue("convnet: widths is empty; at least one stage is expected")
         if len(depths) != len(widths):
             raise InvalidValue(f"convnet: depths has {len(depths)} entries, widths has {len(widths)}; equal numbers")
+        channels_of = []
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            whole("convnet", **{f"widths[{stage}]": width, f"depths[{stage}]": depth})
+            whole("convnet", **{f"depths[{stage}]": depth})
+            channels_of.append(each("convnet", f"widths[{stage}]", width, depth))
         if downsample not in ("pool", "stride"):
             raise InvalidValue(f'convnet: downsample = {downsample!r}; "pool" or "stride" is expected')
         if head not in ("average", "flatten"):
@@ -76,12 +88,12 @@ class ConvNet(nn.Module):
         self.in_channels, self.image_size = in_channels, image_size
         stages: list[nn.Module] = []
         channels, size = in_channels, image_size
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for stage, wide in enumerate(channels_of):
             layers: list[nn.Module] = []
             halve = stage > 0
             if halve and downsample == "pool":
                 layers.append(nn.MaxPool2d(2))
-            for layer in range(depth):
+            for layer, width in enumerate(wide):
                 stride = 2 if halve and downsample == "stride" and layer == 0 else 1
                 layers += [
                     nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
-from sparing.models.convnet import whole
+from sparing.models.convnet import each, whole
 
 
 class InvertedResidual(nn.Module):
@@ -52,6 +52,7 @@ class MobileNet(nn.Module):
         depths: blocks in each stage; the first halves the resolution.
         expansion: channels inside a block over those of its input.
         kernel: of the depth-wise convolutions, odd.
+        hidden: channels inside each block, in order, in place of ``expansion``.
 
     The default has 136,770 parameters with 3 channels and 10 classes, and is made for 64 pixels.
     """
@@ -67,6 +68,7 @@ class MobileNet(nn.Module):
         depths: Sequence[int] = (1, 1, 3, 2),
         expansion: float = 5.5,
         kernel: int = 3,
+        hidden: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         whole("mobilenet", in_channels=in_channels, num_classes=num_classes, image_size=image_size, stem_dim=stem_dim)
@@ -87,11 +89,13 @@ class MobileNet(nn.Module):
                 f"{stem_stride}, need at least {self.smallest}"
             )
         self.stem = _convolution(in_channels, stem_dim, 3, stem_stride)
+        inner = None if hidden is None else iter(each("mobilenet", "hidden", hidden, sum(depths)))
         stages, dim = [], stem_dim
         for width, depth in zip(widths, depths, strict=True):
             blocks = []
             for block in range(depth):
-                blocks.append(InvertedResidual(dim, width, int(dim * expansion), 1 if block else 2, kernel))
+                expanded = int(dim * expansion) if inner is None else next(inner)
+                blocks.append(InvertedResidual(dim, width, expanded, 1 if block else 2, kernel))
                 dim = width
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)

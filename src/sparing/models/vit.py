@@ -6,6 +6,7 @@ The same width and number of tokens from the first block to the last, so any blo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
-from sparing.models.convnet import whole
+from sparing.models.convnet import each, whole
 from sparing.models.emo import DropPath, InvertedResidualMobileBlock
 
 EPS = 1e-6
@@ -24,17 +25,18 @@ EPS = 1e-6
 class Attention(nn.Module):
     """Multi-head self-attention over tokens: softmax(q kᵀ / √d) v in each head, then a projection.
 
-    Shapes: (B, N, dim) → (B, N, dim).
+    Shapes: (B, N, dim) → (B, N, dim). A head has ``head_dim`` units, by default ``dim`` shared among the heads.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int | None = None) -> None:
         super().__init__()
         whole("attention", dim=dim, heads=heads)
-        if dim % heads:
+        if head_dim is None and dim % heads:
             raise InvalidValue(f"attention: dim = {dim} cannot be shared among heads = {heads}")
+        inner = dim if head_dim is None else heads * head_dim
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * inner)
+        self.proj = nn.Linear(inner, dim)
 
     def forward(self, x: Float[Tensor, "b n dim"]) -> Float[Tensor, "b n dim"]:
         """(B, N, dim) → (B, N, dim)."""
@@ -70,14 +72,24 @@ class TransformerBlock(nn.Module):
         heads: attention heads; must divide ``dim``.
         mlp_ratio: hidden units of the perceptron over ``dim``.
         drop_path: rate of stochastic depth, for each of the two branches.
+        hidden: hidden units, in place of ``mlp_ratio``.
+        head_dim: units of a head, where they are not ``dim`` shared among the heads.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        hidden: int | None = None,
+        head_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, EPS)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, head_dim)
         self.norm2 = nn.LayerNorm(dim, EPS)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio) if hidden is None else hidden)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n dim"]) -> Float[Tensor, "b n dim"]:
@@ -115,11 +127,14 @@ class ViT(nn.Module):
         patch_size: side of a patch; each becomes one token.
         dim: width of a token.
         depth: number of blocks.
-        heads: attention heads of a transformer block; must divide ``dim``.
+        heads: attention heads of a transformer block, for all or for each; must divide ``dim`` unless ``head_dim`` is
+            given.
         mlp_ratio: hidden units of a transformer block's perceptron over ``dim``.
         drop_path: largest rate of stochastic depth; blocks get evenly spaced rates from 0 to it.
         block: "transformer", or "irmb": EMO's inverted residual mobile block with layer norm and GELU on the grid of
             tokens, ``heads`` heads, a 3×3 depth-wise convolution and attention among all tokens.
+        hidden: hidden units of each transformer block, in place of ``mlp_ratio``.
+        head_dim: units of each head of a transformer block; ``dim`` shared among them by default.
         exp_ratio: expansion of an "irmb". With the default width the two blocks have 49,984 and 49,888 parameters.
     """
 
@@ -131,23 +146,31 @@ class ViT(nn.Module):
         patch_size: int = 8,
         dim: int = 64,
         depth: int = 6,
-        heads: int = 4,
+        heads: int | Sequence[int] = 4,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         block: Literal["transformer", "irmb"] = "transformer",
         exp_ratio: float = 4.625,
+        hidden: int | Sequence[int] | None = None,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         whole("vit", in_channels=in_channels, num_classes=num_classes, image_size=image_size, patch_size=patch_size)
-        whole("vit", dim=dim, depth=depth, heads=heads)
+        whole("vit", dim=dim, depth=depth)
+        heads_of = each("vit", "heads", heads, depth)
+        hidden_of = [None] * depth if hidden is None else each("vit", "hidden", hidden, depth)
+        if head_dim is not None:
+            whole("vit", head_dim=head_dim)
         if image_size % patch_size:
             fits = [size for size in range(2, image_size + 1) if image_size % size == 0]
             raise InvalidValue(
                 f"vit: patch_size = {patch_size} does not divide image_size = {image_size}; "
                 f"{', '.join(map(str, fits)) or '1'} would"
             )
-        if dim % heads:
+        if head_dim is None and any(dim % count for count in heads_of):
             raise InvalidValue(f"vit: dim = {dim} cannot be shared among heads = {heads}")
+        if block == "irmb" and (hidden, head_dim) != (None, None):
+            raise InvalidValue(f'vit: hidden = {hidden}, head_dim = {head_dim} are for the block "transformer"')
         for name, ratio in (("mlp_ratio", mlp_ratio), ("exp_ratio", exp_ratio)):
             if not ratio > 0:
                 raise InvalidValue(f"vit: {name} = {ratio!r}; more than 0 is expected")
@@ -161,9 +184,15 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, dim))
         rates = np.linspace(0, drop_path, depth).tolist()
         if block == "transformer":
-            blocks: list[nn.Module] = [TransformerBlock(dim, heads, mlp_ratio, rate) for rate in rates]
+            blocks: list[nn.Module] = [
+                TransformerBlock(dim, count, mlp_ratio, rate, units, head_dim)
+                for rate, count, units in zip(rates, heads_of, hidden_of, strict=True)
+            ]
         else:
-            blocks = [OnGrid(_irmb(dim, heads, exp_ratio, rate), self.grid, self.grid) for rate in rates]
+            blocks = [
+                OnGrid(_irmb(dim, count, exp_ratio, rate), self.grid, self.grid)
+                for rate, count in zip(rates, heads_of, strict=True)
+            ]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim, EPS)
         self.head = nn.Linear(dim, num_classes)

@@ -96,10 +96,11 @@ class Predictor(ABC):
 
     @classmethod
     @abstractmethod
-    def load_files(cls, files: Mapping[str, bytes], manifest: Manifest, trust: Collection[str] = ()) -> Self:
+    def load_files(cls, files: Mapping[str, Any], manifest: Manifest, trust: Collection[str] = ()) -> Self:
         """The predictor made of :meth:`payload`'s files and ``manifest.config``, both already verified.
 
-        ``trust`` lists packages whose classes may be imported.
+        A file's content is its bytes; that of a file whose name ends in ".pack" is a read-only memoryview of the file
+        mapped into memory. ``trust`` lists packages whose classes may be imported.
         """
 
     @property

@@ -26,6 +26,8 @@ READABLE = (1,)
 MANIFEST = "sparing.json"
 CARD = "README.md"
 MAX_FILE_BYTES = 32 << 30
+MAPPED = ".pack"
+"""Payload files that end so are mapped instead of read: all processes that serve a model share one copy of them."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
 
@@ -114,7 +116,7 @@ def pack(predictor: Predictor) -> tuple[dict[str, Any], dict[str, bytes]]:
     return manifest | {"digest": digest_of(manifest)}, payload | predictor.attachments
 
 
-def unpack(manifest: Manifest, content: Mapping[str, bytes], trust: Collection[str] = ()) -> Predictor:
+def unpack(manifest: Manifest, content: Mapping[str, Any], trust: Collection[str] = ()) -> Predictor:
     """The predictor of a verified manifest and its files."""
     kind: type[Predictor] = registry.resolve("predictors", manifest.kind)
     predictor = kind.load_files({name: content[name] for name in manifest.files}, manifest, trust)
@@ -132,9 +134,7 @@ def nest(parts: Mapping[str, Predictor]) -> tuple[dict[str, bytes], dict[str, An
     return payload, manifests
 
 
-def unnest(
-    files: Mapping[str, bytes], manifests: Mapping[str, Any], trust: Collection[str] = ()
-) -> dict[str, Predictor]:
+def unnest(files: Mapping[str, Any], manifests: Mapping[str, Any], trust: Collection[str] = ()) -> dict[str, Predictor]:
     """The predictors that :func:`nest` packed, by name."""
     parts = {}
     for name, value in manifests.items():
@@ -219,7 +219,7 @@ def _entries(folder: Path, prefix: str = "") -> Iterator[str]:
         raise storage._storage_error("read", folder, error) from error
 
 
-def _verified(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+def _verified(folder: Path, manifest: Manifest) -> dict[str, Any]:
     listed = manifest.files | manifest.attachments
     if twice := manifest.files.keys() & manifest.attachments.keys():
         raise CorruptFile(f"{folder / MANIFEST} lists {min(twice)!r} twice")
@@ -232,15 +232,20 @@ def _verified(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             raise CorruptFile(f"{folder / found} does not belong to this model: the manifest does not list it")
     if os.path.lexists(folder / CARD):
         _regular(folder, CARD)
-    content = {}
+    content: dict[str, Any] = {}
     for name, record in listed.items():
         _regular(folder, name)
         path = folder / name
         size = path.stat().st_size
         if size != record.bytes:
             raise CorruptFile(f"{path} holds {size} bytes, the manifest says {record.bytes}")
-        content[name] = storage.read_bytes(path, MAX_FILE_BYTES)
-        if hashlib.sha256(content[name]).hexdigest() != record.sha256:
+        if name.endswith(MAPPED):
+            digest = storage.sha256_of(path)  # by reading, which leaves pages that nobody needs unmapped
+            content[name] = storage.map_bytes(path, MAX_FILE_BYTES)
+        else:
+            content[name] = storage.read_bytes(path, MAX_FILE_BYTES)
+            digest = hashlib.sha256(content[name]).hexdigest()
+        if digest != record.sha256:
             raise CorruptFile(f"{path} was changed after it was written: its SHA-256 does not match the manifest")
     return content
 

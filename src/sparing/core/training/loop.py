@@ -172,6 +172,7 @@ class Training(pl.LightningModule):
             "stopped_early": False,
             "window": [0.0, 0],
             "gaps": {},
+            "remarks": [],
             "curves": {"train_loss": [], "lr": []},
         }
         self.best_weights: dict[str, Tensor] = {}
@@ -341,6 +342,10 @@ class Training(pl.LightningModule):
         if figures["batches"] % self.every == 0 or figures["steps"] >= self.total_steps:
             self._point()
 
+    def tell(self, remark: str) -> None:
+        """Add a remark to the training's row; for callbacks."""
+        self.figures["remarks"].append(remark)
+
     def _point(self) -> None:
         figures = self.figures
         summed, count = figures["window"]
@@ -351,10 +356,11 @@ class Training(pl.LightningModule):
         if not count:
             return
         rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
-        self._curve({"train_loss": summed / count, "lr": rate})
+        self.curve({"train_loss": summed / count, "lr": rate})
         figures["window"] = [0.0, 0]
 
-    def _curve(self, values: Mapping[str, float]) -> None:
+    def curve(self, values: Mapping[str, float]) -> None:
+        """Add a point to each of these curves, at the steps made so far; for callbacks as well."""
         step = self.figures["steps"]
         for name, value in values.items():
             if math.isfinite(value):
@@ -379,7 +385,7 @@ class Training(pl.LightningModule):
             values = self._scores()
         if self.batches.world > 1:
             values = trainer.strategy.broadcast(values)
-        self._curve(values)
+        self.curve(values)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         headline = self.task.headline
         lower = settings.monitor == "loss" or headline.better == "lower"
@@ -772,6 +778,7 @@ def run(
     if len(figures["candidates"]) > 1:
         named = f"the weights {figures['candidate']!r}" if figures["candidate"] else "the trained weights"
         remarks = [*remarks, f"{named} were the best on the validation data and are handed on"]
+    remarks = [*remarks, *figures["remarks"]]
     for name, count in figures["gaps"].items():
         remarks.append(f"{name} was not finite {count} times; its curve leaves these points out")
     return FitResult(
