@@ -209,10 +209,11 @@ def test_the_loss_is_the_mean_of_both_and_padding_has_no_share(tmp_path):
     longer = (torch.nn.functional.pad(batch[0], (0, 5)), batch[1])
     padded = torch.nn.functional.pad(logits, (0, 0, 0, 5), value=9.0)
     torch.testing.assert_close(task.loss(padded, longer), task.loss(logits, batch))
-    rows, classes = task.class_logits(padded, longer)
+    rows = task.predictions(padded, longer)
     assert rows.shape == (6, padded.shape[1])
     assert (rows[:, -5:] == OUTSIDE).all()
-    assert classes.tolist() == [*batch[1][:, 0].tolist(), *batch[1][:, 1].tolist()]
+    assert torch.equal(rows[2, :-5], logits[1, :, 0])
+    assert torch.equal(rows[3, :-5], logits[1, :, 1])
 
 
 class Oracle:

@@ -16,6 +16,7 @@ import torch
 import sparing
 from sparing import TextClassification, Train, load
 from sparing.core.errors import DataError, InvalidValue
+from sparing.core.recipe import load_recipe
 from sparing.core.registry import resolve
 from sparing.core.transfer import transfer_model
 from sparing.data.text import LabelledTexts
@@ -161,7 +162,7 @@ def test_loss_and_rows_for_distillation():
     batch = task.collate([task.splits(None).train[i] for i in range(4)])
     logits = torch.randn(4, 3)
     assert torch.equal(task.loss(logits, batch), torch.nn.functional.cross_entropy(logits, batch[1]))
-    assert task.class_logits(logits, batch) == (logits, batch[1])
+    assert task.predictions(logits, batch) is logits
 
 
 def test_what_is_not_given_is_cut_and_what_is_given_is_kept():
@@ -329,6 +330,29 @@ def test_a_saved_model_answers_raw_texts_in_a_process_without_torch(tmp_path):
         assert load(folder)(np.ones((2, length), np.int64)).shape == (2, 3)
     with pytest.raises(DataError, match="text 1 is a float"):
         load(folder).predict(["a", 0.5])
+
+
+def test_a_recipe_is_planned_on_the_data_folder_it_is_given(root, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARING_DATA", str(tmp_path / "elsewhere"))
+    recipe = tmp_path / "texts.yaml"
+    recipe.write_text(
+        "task: {name: masked_lm, length: 16, vocab_size: 90, copies: 1}\n"
+        "model: {name: bert, dim: 16, depth: 1, heads: 2}\n"
+        "steps:\n"
+        "  - train: {id: pretrain, epochs: 1}\n"
+        "  - transfer: {task: {name: trec, vocab_size: 90}}\n"
+        "  - train: {id: finetune, epochs: 1}\n"
+    )
+    planned = sparing.plan(recipe, data=root)
+    assert [step.step.id for step in planned.steps] == ["pretrain", "transfer", "finetune"]
+    done = sparing.run(
+        load_recipe(recipe, ["meter.memory=false", "meter.min_seconds=0", "meter.max_seconds=0.01"]), data=root
+    )
+    assert [row.task for row in done.ledger.rows] == ["masked_lm", "trec", "trec"]
+    with pytest.raises(
+        sparing.RecipeError, match=r"texts.yaml:2: model bert: .*elsewhere/sst2/train.tsv.gz is missing"
+    ):
+        sparing.plan(recipe)
 
 
 def test_a_pretrained_trunk_goes_from_task_to_task(root):

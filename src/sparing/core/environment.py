@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+DATA_FOLDER: ContextVar[Path | None] = ContextVar("data folder", default=None)
+"""The data folder given for the recipe that is being planned: a model is outlined before any data are read."""
 
 PACKAGES = ("torch", "lightning", "onnxruntime", "onnx", "numpy", "scipy")
 FEATURES = (

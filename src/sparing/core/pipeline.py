@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparing.core import files
+from sparing.core.environment import DATA_FOLDER
 from sparing.core.errors import (
     DataError,
     IncompatibleStep,
@@ -115,8 +116,12 @@ def plan(
     recipe = _cut(recipe, until, problems)
     task, meter = _task(recipe, problems), _meter(recipe, problems)
     if task is not None:
-        of_model = _planned_model(recipe, task, problems)
-        check_steps(recipe, task, of_model, problems, whole=until is None)
+        before = DATA_FOLDER.set(Path(data) if data else None)
+        try:
+            of_model = _planned_model(recipe, task, problems)
+            check_steps(recipe, task, of_model, problems, whole=until is None)
+        finally:
+            DATA_FOLDER.reset(before)
     if problems or task is None or meter is None:
         raise RecipeError(problems)
     planned, remarks = _look_up(recipe, task, meter, Path(data) if data else None, _store(store))

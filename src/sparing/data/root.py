@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sparing.core.environment import DATA_FOLDER
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.files import put_in_place, sha256_of
 
@@ -73,7 +74,12 @@ class Source:
 
 
 def data_root(given: Path | str | None = None) -> Path:
-    """The data folder: ``given``, else ``$SPARING_DATA``, else the system's folder for user data."""
+    """The data folder: ``given``, else ``$SPARING_DATA``, else the system's folder for user data.
+
+    While a recipe is planned, the data folder it was given stands for one that is not given here.
+    """
+    if given is None:
+        given = DATA_FOLDER.get()
     if given is not None:
         return Path(given).expanduser()
     if named := os.environ.get("SPARING_DATA"):

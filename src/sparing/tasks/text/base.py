@@ -63,7 +63,7 @@ class TextTask(Task):
         self.lowercase = lowercase
         self._root: Path | None = None
         self._splits: dict[Path | None, Splits] = {}
-        self._wordpieces: dict[Path | None, WordPiece] = {}
+        self._wordpieces: dict[Path, WordPiece] = {}
 
     def _whole(self, name: str, value: Any, least: int, most: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -93,9 +93,10 @@ class TextTask(Task):
     @property
     def wordpiece(self) -> WordPiece:
         """What turns texts into numbers; made once for each data folder."""
-        if self._root not in self._wordpieces:
-            self._wordpieces[self._root] = self._make_wordpiece(data_root(self._root))
-        return self._wordpieces[self._root]
+        root = data_root(self._root)
+        if root not in self._wordpieces:
+            self._wordpieces[root] = self._make_wordpiece(root)
+        return self._wordpieces[root]
 
     def _make_wordpiece(self, root: Path) -> WordPiece:
         lowercase = self.lowercase

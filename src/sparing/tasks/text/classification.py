@@ -89,10 +89,6 @@ class ClassifiedTexts(TextTask):
 
         return cross_entropy(outputs, batch[1])
 
-    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """(logits (M, K), classes (M,)): the rows a softmax runs over, for distillation; here one for each text."""
-        return outputs, batch[1]
-
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """Accuracy, worst class's accuracy, expected calibration error (15 bins) and negative log-likelihood.
 

@@ -149,8 +149,7 @@ class MaskedLM(TextTask):
     negative log-likelihood in nats and perplexity.
 
     A batch is ``((ids (N, T), positions (N, P)), labels (N, P))``, and a model maps ids and positions to logits
-    (N, P, vocab_size): only slots that count are computed. A slot with the label −100 fills up and counts for nothing;
-    :meth:`class_logits` gives the others.
+    (N, P, vocab_size): only slots that count are computed. A slot with the label −100 fills up and counts for nothing.
 
     5 % of the texts are the test split, 2 % validate and 1 % calibrate, drawn once and for all. Parts of one sentence
     of SST-2 may be in several splits.
@@ -251,11 +250,6 @@ class MaskedLM(TextTask):
     def outputs(self, model: Any, batch: Any) -> Any:
         """Logits (N, P, vocab_size) at the batch's positions."""
         return model(*batch[0])
-
-    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """(logits (M, vocab_size), pieces (M,)) of the M slots that count, for distillation."""
-        counts = batch[1] != IGNORED
-        return outputs[counts], batch[1][counts]
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy over the slots that count."""

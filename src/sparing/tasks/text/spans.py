@@ -97,9 +97,9 @@ def squad_metrics(
 
 
 def postprocess_spans(
-    start_logits: Float[ndarray, "n t"],
-    end_logits: Float[ndarray, "n t"],
-    context_mask: Bool[ndarray, "n t"],
+    start_logits: Float[ndarray, "..."],
+    end_logits: Float[ndarray, "..."],
+    context_mask: Bool[ndarray, "..."],
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> tuple[np.ndarray, Float[ndarray, " n"]]:
@@ -111,9 +111,9 @@ def postprocess_spans(
     has the span (−1, −1) and the sum −∞: the empty answer.
 
     Args:
-        start_logits: of each position being the first of the answer.
-        end_logits: of each position being the last one.
-        context_mask: positions an answer may have.
+        start_logits: of each position being the first of the answer (N, T).
+        end_logits: of each position being the last one (N, T).
+        context_mask: positions an answer may have (N, T).
         n_best: positions of either kind that are looked at.
         max_answer_length: most positions of an answer.
     """

@@ -177,7 +177,7 @@ class Squad(TextTask):
     name = "squad"
     unit: ClassVar[str] = "question"
     metrics: tuple[Metric, ...] = (Metric("f1", "higher"), Metric("exact_match", "higher"))
-    capabilities: frozenset[str] = frozenset({"question_answering", "text"})
+    capabilities: frozenset[str] = frozenset({"span", "text"})
     head: ClassVar[str] = "span"
     SHARES: ClassVar[Mapping[str, float]] = {"val": 0.05, "calibration": 0.02}
 
@@ -286,20 +286,19 @@ class Squad(TextTask):
         """A question and a passage that fill the whole length, of ordinary words."""
         return [("who will go to the house ?", ORDINARY * (self.length // 8))]
 
-    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """(logits (2N, T), positions (2N,)): each window's logits of starts, then of ends, for loss and distillation.
+    def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Logits (2N, T): for each window a row of starts and one of ends.
 
         Padding has the logit −10⁹, so that a window's share of the loss does not depend on how long the others are.
         """
         padding = batch[0] == self.wordpiece.pad_id
-        rows = outputs.permute(2, 0, 1).masked_fill(padding, OUTSIDE).flatten(0, 1)
-        return rows, batch[1].T.flatten()
+        return outputs.transpose(1, 2).masked_fill(padding[:, None], OUTSIDE).flatten(0, 1)
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean of the cross-entropies of starts and of ends."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(*self.class_logits(outputs, batch))
+        return cross_entropy(self.predictions(outputs, batch), batch[1].flatten())
 
     def answers(self, predictor: Predictor, split: Any) -> dict[int, str]:
         """Number of a question → the text answered, from all of its windows in the split."""
