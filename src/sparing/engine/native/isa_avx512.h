@@ -43,6 +43,16 @@ INLINE I max(I x, I y) { return {_mm512_max_epi32(x.v, y.v)}; }
 template <int N> INLINE I shl(I x) { return {_mm512_slli_epi32(x.v, N)}; }
 INLINE F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 INLINE I to_int(F x) { return {_mm512_cvtps_epi32(x.v)}; }
+INLINE F lookup(const float *table, I n) {  // of 32
+  return {_mm512_permutex2var_ps(_mm512_load_ps(table), n.v, _mm512_load_ps(table + 16))};
+}
+INLINE I saturated_quads(const F *v, int32_t zero) {
+  const __m512i z = _mm512_set1_epi16(int16_t(zero));
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0].v), _mm512_cvtps_epi32(v[1].v));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2].v), _mm512_cvtps_epi32(v[3].v));
+  const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(ab, z), _mm512_adds_epi16(cd, z));
+  return {_mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400))};
+}
 INLINE F add_exponent(F x, I n) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(n.v, 23)))};
 }

@@ -5,6 +5,7 @@
 #include <ctime>
 
 #include "engine.h"
+#include "gelu_table.h"
 
 namespace SPARING_PATH {
 
@@ -24,19 +25,13 @@ INLINE F exp2_negative(F t) {
   return add_exponent(p, n);
 }
 
-// x Φ(x), Φ = ½ + u P(u²) with u = x held within ±4.3
+// x Φ(x), Φ from a table of parabolas
 INLINE F gelu(F x) {
-  const F u = max(min(x, setf(4.3f)), setf(-4.3f)), s = mul(u, u);
-  F p = setf(4.19744968e-11f);
-  p = add(mul(p, s), setf(-4.24900293e-09f));
-  p = add(mul(p, s), setf(1.90224227e-07f));
-  p = add(mul(p, s), setf(-5.00617443e-06f));
-  p = add(mul(p, s), setf(8.71177326e-05f));
-  p = add(mul(p, s), setf(-0.00107138685f));
-  p = add(mul(p, s), setf(0.00969514996f));
-  p = add(mul(p, s), setf(-0.0661555976f));
-  p = add(mul(p, s), setf(0.398802072f));
-  return mul(x, add(mul(u, p), setf(0.5f)));
+  const F t = min(max(add(mul(x, setf(GELU_PER_UNIT)), setf(GELU_MIDDLE)), setf(0.0f)), setf(GELU_LAST));
+  const I n = to_int(t);
+  const F f = sub(t, to_float(n));
+  const F p = add(mul(lookup(GELU_TABLE[2], n), f), lookup(GELU_TABLE[1], n));
+  return mul(x, add(mul(p, f), lookup(GELU_TABLE[0], n)));
 }
 
 INLINE F tanh(F x) {
@@ -46,18 +41,25 @@ INLINE F tanh(F x) {
 
 INLINE I round_to(F v, const Grid &g) { return to_int(min(max(mul(v, setf(g.inverse)), setf(g.low)), setf(g.high))); }
 
+// four vectors, rounded to a grid, as the four bytes of every lane
+INLINE I rounded_quads(const F *v, const Grid &g) {
+  F scaled[4];
+  for (int i = 0; i < 4; ++i) scaled[i] = min(mul(v[i], setf(g.inverse)), setf(g.high));
+  return saturated_quads(scaled, g.zero);
+}
+
 // four vectors of whole numbers, each plus zero in 0…255, as the four bytes of every lane
 INLINE I pack(const I *n, int32_t zero) {
   return add(add(add(n[0], shl<8>(n[1])), add(shl<16>(n[2]), shl<24>(n[3]))), seti(zero * 0x01010101));
 }
 
 // four features of 16 tokens, to a uint8 buffer of `rows` features in either layout
-INLINE void store_u8(void *base, int layout, int64_t rows, int64_t row, int64_t slab, int64_t t, const I *n, int32_t zero) {
+INLINE void store_u8(void *base, int layout, int64_t rows, int64_t row, int64_t slab, int64_t t, const F *v, const Grid &g) {
   uint8_t *p = static_cast<uint8_t *>(base) + slab * rows * SLAB;
   if (layout == QUADS) {
-    storei(p + row * SLAB + t * 4, pack(n, zero));
+    storei(p + row * SLAB + t * 4, rounded_quads(v, g));
   } else {
-    for (int i = 0; i < 4; ++i) store_bytes(p + (row + i) * SLAB + t, add(n[i], seti(zero)));
+    for (int i = 0; i < 4; ++i) store_bytes(p + (row + i) * SLAB + t, add(round_to(v[i], g), seti(g.zero)));
   }
 }
 
@@ -78,18 +80,15 @@ template <int EPILOGUE> INLINE void store_product(const Op &op, int64_t row, int
   if constexpr (EPILOGUE == RELU)
     for (int i = 0; i < 4; ++i) v[i] = max(v[i], setf(0.0f));
   if constexpr (EPILOGUE == GELU_U8) {
-    I n[4];
-    for (int i = 0; i < 4; ++i) n[i] = round_to(v[i], op.grid[0]);
-    store_u8(op.output8, op.layout, op.rows, row, slab, t, n, op.grid[0].zero);
+    store_u8(op.output8, op.layout, op.rows, row, slab, t, v, op.grid[0]);
   } else if constexpr (EPILOGUE == QKV) {
     const int64_t width = op.heads * int64_t(op.part >> 2), part = (op.part & 3) + row / width, r = row % width;
     const int64_t size = op.part >> 2, head = r / size, d = r % size, token = slab * SLAB + t;
     const Grid &g = op.grid[part];
+    if (part == 0) return storei(op.query + (r / 4 * op.stride + token) * 4, rounded_quads(v, g));
     I n[4];
     for (int i = 0; i < 4; ++i) n[i] = round_to(v[i], g);
-    if (part == 0) {
-      storei(op.query + (r / 4 * op.stride + token) * 4, pack(n, g.zero));
-    } else if (part == 1) {
+    if (part == 1) {
       int32_t *sums = op.key_sum + head * op.stride + token;
       const I sum = add(add(n[0], n[1]), add(n[2], n[3]));
       storei(sums, d ? add(loadi(sums), sum) : sum);
@@ -305,14 +304,13 @@ static void norm(const Op &op, const Run &run) {
     const F variance = div(add(add(q[0], q[1]), add(q[2], q[3])), size);
     const F inverse = div(setf(1.0f), sqrt(add(variance, eps)));
     for (int64_t r = 0; r < rows; r += 4) {
-      I n[4];
+      F v[4];
       for (int i = 0; i < 4; ++i) {
         const F unit = mul(sub(loadf(x + (r + i) * SLAB), mean), inverse);
-        const F v = add(mul(unit, setf(op.extra[r + i])), setf(op.bias[r + i]));
-        storef(y + (r + i) * SLAB, v);
-        n[i] = round_to(v, op.grid[0]);
+        v[i] = add(mul(unit, setf(op.extra[r + i])), setf(op.bias[r + i]));
+        storef(y + (r + i) * SLAB, v[i]);
       }
-      if (op.layout != NONE) store_u8(op.output8, op.layout, rows, r, slab, t, n, op.grid[0].zero);
+      if (op.layout != NONE) store_u8(op.output8, op.layout, rows, r, slab, t, v, op.grid[0]);
     }
   }
 }
@@ -322,9 +320,9 @@ static void quantise(const Op &op, const Run &run) {
     const int64_t slab = first / SLAB, t = first % SLAB;
     const float *x = static_cast<const float *>(op.input) + slab * op.rows * SLAB + t;
     for (int64_t r = 0; r < op.rows; r += 4) {
-      I n[4];
-      for (int i = 0; i < 4; ++i) n[i] = round_to(loadf(x + (r + i) * SLAB), op.grid[0]);
-      store_u8(op.output8, op.layout, op.rows, r, slab, t, n, op.grid[0].zero);
+      F v[4];
+      for (int i = 0; i < 4; ++i) v[i] = loadf(x + (r + i) * SLAB);
+      store_u8(op.output8, op.layout, op.rows, r, slab, t, v, op.grid[0]);
     }
   }
 }
@@ -376,15 +374,11 @@ static void attend_int(const Op &op, const Run &run) {
           const I shift = times(sum[j], seti(op.grid[2].zero - 128));
           const int64_t slab = (start + i + 16 * j) / SLAB, t = (start + i + 16 * j) % SLAB;
           for (int64_t d = 0; d < size; d += 4) {
-            I n[4];
             F c[4];
-            for (int r = 0; r < 4; ++r) {
-              c[r] = mul(to_float(sub(loadi(scores + ((d + r) * v + j) * 16), shift)), scale);
-              n[r] = round_to(c[r], op.grid[0]);
-            }
+            for (int r = 0; r < 4; ++r) c[r] = mul(to_float(sub(loadi(scores + ((d + r) * v + j) * 16), shift)), scale);
             const int64_t row = head * size + d;
             if (op.layout != NONE) {
-              store_u8(op.output8, op.layout, op.heads * size, row, slab, t, n, op.grid[0].zero);
+              store_u8(op.output8, op.layout, op.heads * size, row, slab, t, c, op.grid[0]);
             } else {
               float *out = static_cast<float *>(op.output) + (slab * op.heads * size + row) * SLAB + t;
               for (int r = 0; r < 4; ++r) storef(out + r * SLAB, c[r]);
@@ -426,18 +420,16 @@ static void attend_float(const Op &op, const Run &run) {
         const int64_t slab = (start + i) / SLAB, t = (start + i) % SLAB;
         for (int64_t d = 0; d < size; d += 4) {
           F c[4];
-          I n[4];
           for (int r = 0; r < 4; ++r) {
             c[r] = setf(0.0f);
             for (int64_t j = 0; j < keys; ++j)
               if (run.keep[start + j])
                 c[r] = add(c[r], mul(setf(*at(2 * width + head * size + d + r, start + j)), loadf(weights + j * 16)));
             c[r] = div(c[r], sum);
-            n[r] = round_to(c[r], op.grid[0]);
           }
           const int64_t row = head * size + d;
           if (op.layout != NONE) {
-            store_u8(op.output8, op.layout, width, row, slab, t, n, op.grid[0].zero);
+            store_u8(op.output8, op.layout, width, row, slab, t, c, op.grid[0]);
           } else {
             float *out = static_cast<float *>(op.output) + (slab * width + row) * SLAB + t;
             for (int r = 0; r < 4; ++r) storef(out + r * SLAB, c[r]);
