@@ -149,8 +149,8 @@ def _head(g: _Graph, found: Extracted, x: str) -> str:
             continue
         weight = found.floats[f"{name}.weight"]
         weight = weight[:, :rows] if about["head"] == "classifier" else weight[:rows].T
-        weight = g.constant(np.ascontiguousarray(weight))
-        x = g.add("Add", g.add("MatMul", x, weight), g.constant(found.floats[f"{name}.bias"][:rows]))
+        product = g.add("MatMul", x, g.constant(np.ascontiguousarray(weight)))
+        x = g.add("Add", product, g.constant(found.floats[f"{name}.bias"][:rows]))
         if name == "head.pooler":
             x = g.add("Tanh" if about["pooler"] == "tanh" else "Relu", x)
     return x
