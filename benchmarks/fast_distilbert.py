@@ -50,7 +50,7 @@ MLM_STEPS = 500
 LM_SEED = 0
 """The language models are trained once, for all tasks; the seeds are those of fine-tuning."""
 TASKS: dict[str, dict[str, Any]] = {
-    "ag_news": {"fields": {}, "steps": 350},
+    "ag_news": {"fields": {}, "steps": 700},
     "sst2": {"fields": {"train_limit": 20_000}, "steps": 400},
     "trec": {"fields": {}, "steps": 350},
 }
@@ -179,7 +179,7 @@ def moved(model: nn.Module, task_name: str) -> nn.Module:
 
 def fine_tuned(arm: str, task_name: str, seed: int) -> nn.Module:
     """One arm's model on a task."""
-    plan = TrainingPlan()
+    plan, steps = TrainingPlan(), TASKS[task_name]["steps"]
     make: Callable[[], nn.Module]
     if arm == "dense":
         make = dense_lm
@@ -193,7 +193,7 @@ def fine_tuned(arm: str, task_name: str, seed: int) -> nn.Module:
         if arm != "without a teacher":
             plan = taught(plan, fine_tuned("dense", task_name, seed), task_name)
     return trained(
-        f"{task_name} {arm}", task_name, lambda: moved(make(), task_name), TASKS[task_name]["steps"], 3e-4, seed, plan
+        f"{task_name} {arm} {steps} steps", task_name, lambda: moved(make(), task_name), steps, 3e-4, seed, plan
     )
 
 
@@ -217,7 +217,8 @@ def scored(arm: str, task_name: str, seed: int, int8: bool) -> Scored:
 
     model = fine_tuned(arm, task_name, seed).eval()
     about = task(task_name)
-    name = f"{task_name} {arm}{' int8' if int8 else ''}/seed{seed}.npz"
+    kind = "int8" if int8 else "fp32"
+    name = f"{task_name} {arm} {TASKS[task_name]['steps']} steps {kind}/seed{seed}.npz"
     target = work() / "scores" / name
     if not target.is_file():
         if int8:
