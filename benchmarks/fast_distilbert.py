@@ -154,15 +154,11 @@ def trained(
 
 def teacher_lm() -> nn.Module:
     """The dense language model that teaches the sparse one."""
-    return trained(
-        "lm",
-        "masked_lm",
-        lambda: build_model("bert", task("masked_lm"), **MODEL),
-        MLM_STEPS,
-        5e-4,
-        seed,
-        TrainingPlan(),
-    )
+
+    def start() -> nn.Module:
+        return build_model("bert", task("masked_lm"), **MODEL)
+
+    return trained("lm", "masked_lm", start, MLM_STEPS, 5e-4, LM_SEED, TrainingPlan())
 
 
 def dense_lm() -> nn.Module:

@@ -311,3 +311,11 @@ def test_too_few_passages_are_refused(tmp_path):
     given = files(tmp_path, count=2)
     with pytest.raises(DataError, match="squad: 2 training passages leave none for the split 'train'"):
         Squad(**given, vocabulary=None, vocab_size=60).splits(None)
+
+
+def test_a_teacher_of_spans_is_distilled(tmp_path):
+    task, model = small(tmp_path), {"name": "bert", "dim": 16, "depth": 1, "heads": 2}
+    first = sparing.Train(id="first", epochs=1, batch_size=16, lr=3e-3)
+    distil = sparing.Distil(teacher="first", model=model, epochs=1, batch_size=16)
+    done = sparing.run(task=task, model=model, steps=[first, distil], meter=QUICK)
+    assert [row.id for row in done.ledger.rows] == ["first", "distil"]

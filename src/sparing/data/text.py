@@ -29,7 +29,7 @@ from sparing.data.wordpiece import WordPiece, checked_text, train_wordpiece
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_BYTES = 1 << 31
+MAX_BYTES = 1 << 30
 """Most bytes of a text file, unpacked."""
 
 TextCorruption = Callable[[str, int], str]

@@ -20,6 +20,10 @@ EXP2 = tuple(F32(c) for c in (0.00132764719, 0.00967554189, 0.0555071279, 0.2402
 """2^f on −½ … ½, highest power first; relative error below 3e-7 with the rounding of single precision."""
 
 
+WEIGHT = tuple(F32(c) for c in (14.027278, 61.763798, 176.78714, 255.0))
+"""255·2^f on −½ … ½, highest power first; relative error below 1.1e-4."""
+
+
 def _polynomial(x: np.ndarray, coefficients: Sequence[np.float32]) -> np.ndarray:
     total = np.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
@@ -27,11 +31,13 @@ def _polynomial(x: np.ndarray, coefficients: Sequence[np.float32]) -> np.ndarray
     return total
 
 
-def exp2_negative(t: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+def exp2_negative(
+    t: Float32[np.ndarray, "..."], coefficients: Sequence[np.float32] = EXP2
+) -> Float32[np.ndarray, "..."]:
     """2^t for t ≤ 0."""
     t = np.maximum(t, F32(-125))
     n = np.rint(t)
-    p = _polynomial(t - n, EXP2)
+    p = _polynomial(t - n, coefficients)
     return (p.view(np.int32) + (n.astype(np.int32) << 23)).view(F32)
 
 
@@ -129,7 +135,7 @@ def int8_attention(
     uint_query, int_key = query + grids[0].zero, key + grids[1].zero - 128
     scores = integer_sums(int_key.T, uint_query) - (grids[0].zero * key.sum(axis=0, dtype=np.int32))[:, None]
     below = scores - scores[keep].max(axis=0)
-    weights = np.rint(exp2_negative(np.minimum(below, 0).astype(F32) * constant) * F32(255)).astype(np.int32)
+    weights = np.rint(exp2_negative(np.minimum(below, 0).astype(F32) * constant, WEIGHT)).astype(np.int32)
     weights[~keep] = 0
     total = weights.sum(axis=0, dtype=np.int32)
     int_value = value + grids[2].zero - 128
@@ -220,7 +226,9 @@ def _head(pack: Pack, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
     if about.head == "classifier":
         x = x[:, :1]
         if about.pooler != "none":
-            x = float_product(x, arrays["head.pooler.weight"], arrays["head.pooler.bias"])
+            x = float_product(x, arrays["head.pooler.weight"].T, arrays["head.pooler.bias"])[: about.dim]
             x = tanh(x) if about.pooler == "tanh" else np.maximum(x, F32(0))
-    logits = float_product(x, arrays["head.classifier.weight"], arrays["head.classifier.bias"])[: about.outputs]
+    weight = arrays["head.classifier.weight"]
+    weight = weight.T if about.head == "classifier" else weight
+    logits = float_product(x, weight, arrays["head.classifier.bias"])[: about.outputs]
     return logits[:, 0] if about.head == "classifier" else logits.T

@@ -31,7 +31,7 @@ INLINE I add(I a, I b) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) + uint32_t(b.v[l
 INLINE I sub(I a, I b) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) - uint32_t(b.v[l])); return a; }
 INLINE I times(I a, I b) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) * uint32_t(b.v[l])); return a; }
 INLINE I flip(I a, I b) { EACH a.v[l] ^= b.v[l]; return a; }
-INLINE I max(I a, I b) { EACH a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
+INLINE I min(I a, I b) { EACH a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
 template <int N> INLINE I shl(I a) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) << N); return a; }
 INLINE F to_float(I a) { F r; EACH r.v[l] = float(a.v[l]); return r; }
 // half to even: in 2²³ … 2²⁴ floats are the whole numbers; |x| < 2²² holds wherever this is called

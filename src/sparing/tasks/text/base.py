@@ -153,7 +153,7 @@ class TextTask(Task):
         return torch.from_numpy(ids.astype(np.int64))
 
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
-        """Random pieces of texts of different lengths, the first as long as the task's: (int64 (batch, T),)."""
+        """Random pieces of texts of different lengths, T the task's or one less: (int64 (batch, T),)."""
         return (self.example_ids(batch),)
 
     head: ClassVar[str]
