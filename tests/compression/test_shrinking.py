@@ -10,9 +10,11 @@ from torch.nn import functional
 
 import sparing
 from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune
+from sparing.compression.ptq import quantize_ptq
 from sparing.compression.shrinking import Shrink, find_groups, shrink
 from sparing.core.errors import InvalidValue, NoEffect
 from sparing.core.predictor import ModulePredictor, build_model, load, spec_of
+from sparing.engine.compiler import compile_encoder
 from sparing.testing import QUICK, tiny_task
 
 CASES: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
@@ -245,6 +247,15 @@ def test_bad_input_names_the_values() -> None:
         model.head.weight[0, 0] = torch.nan  # type: ignore[index,union-attr]
     with pytest.raises(InvalidValue, match=r"head\.weight holds NaN"):
         shrink(model, example)
+
+
+def test_the_engine_takes_fewer_neurons() -> None:
+    model, example = built("bert")
+    made, report = shrink(model, example, 0.3, kinds=("neurons",), multiple_of=4)
+    assert [group.after for group in report.groups] == [24, 24]
+    int8, _ = quantize_ptq(made, [example])
+    engine = compile_encoder(int8, max_batch=4, max_length=8)
+    np.testing.assert_allclose(engine.run(example[0].numpy()), int8(*example).detach().numpy(), rtol=0, atol=5e-3)
 
 
 # --- the step
