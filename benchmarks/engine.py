@@ -246,7 +246,7 @@ def roofline(engine: NativeEngine, batch: int, length: int, cpu_ms: float) -> di
     }
 
 
-def measure_shape(shape: str, seconds: float = 40.0) -> list[Claim]:
+def measure_shape(shape: str, seconds: float = 30.0) -> list[Claim]:
     """Both claims of one batch × tokens."""
     batch, length = (int(part) for part in shape.split("x"))
     engines = {f"sparse {sparsity} %": ours(sparsity, batch, length, "auto") for sparsity in SPARSITIES}

@@ -164,7 +164,6 @@ def test_of_transformers_encoders_too() -> None:
     )
     assert len(prunable_layers(distil)[0]) == 12
     pruner = BlockMagnitudePruner(model, sparsity=0.5)
-    pruner.step(), pruner.step()
     assert pruner.report().sparsity == pytest.approx(0.5)
     assert model(torch.ones(2, 5, dtype=torch.long)).logits.isfinite().all()
     pruner.apply_()
@@ -254,7 +253,7 @@ def test_a_block_comes_back_when_others_have_become_smaller() -> None:
 
 def test_pruned_weights_have_no_gradient() -> None:
     model = perceptron()
-    BlockMagnitudePruner(model, sparsity=0.5, schedule=CubicSchedule(0, 1, initial=0.5))
+    BlockMagnitudePruner(model, sparsity=0.5)  # all at once
     model(torch.randn(4, 8)).sum().backward()
     grad = model[0].parametrizations.weight.original.grad  # type: ignore[index]
     assert grad is not None
@@ -384,6 +383,25 @@ def test_a_script_of_ones_own_prunes_and_resumes(tmp_path) -> None:
     trainer(2).fit(resumed, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     for one, other in zip(whole.net.parameters(), resumed.net.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_share_that_is_pruned_from_the_start() -> None:
+    import lightning.pytorch as pl
+
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(float((pl_module.net[0].weight == 0).float().mean()))
+
+    pruning = BlockPruning(0.75, schedule=lambda steps: CubicSchedule(4, 6, initial=0.25), network="net")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    data = torch.utils.data.DataLoader(torch.randn(40, 8), batch_size=4)
+    pl.Trainer(max_epochs=1, callbacks=[pruning, Look()], enable_model_summary=False, **quiet).fit(
+        lightning_module(perceptron()), data
+    )
+    assert seen[:5] == [0.25] * 5
+    assert seen[7:] == [0.75] * 3
 
 
 def test_a_callback_needs_the_network_and_a_length(tmp_path) -> None:

@@ -10,6 +10,7 @@ from sparing.compression.ptq import DynamicInt8Linear, calibration_inputs, quant
 from sparing.core.errors import DataError, InvalidValue, NoEffect
 from sparing.core.predictor import build_model, spec_of
 from sparing.engine import arithmetic
+from sparing.engine.compiler import compile_encoder
 from sparing.engine.linear import Int8Linear
 from sparing.testing import tiny_task
 
@@ -216,3 +217,9 @@ def test_calibration_inputs_are_what_the_task_feeds() -> None:
     assert torch.equal(found[0][0][0], splits.calibration[0][0])
     with pytest.raises(DataError, match="the calibration split is empty"):
         calibration_inputs(task, task.default_model(), [])
+
+
+def test_the_engine_compiles_what_comes_out(bert, ids) -> None:
+    made, _ = quantize_ptq(bert, ids)
+    engine = compile_encoder(made, max_batch=8, max_length=8)
+    np.testing.assert_allclose(engine.run(ids[0].numpy()), made(ids[0]).detach().numpy(), rtol=0, atol=2e-3)

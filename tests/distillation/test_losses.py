@@ -14,7 +14,7 @@ from sparing.core.errors import IncompatibleStep, InvalidValue, RecipeError
 from sparing.core.predictor import ModulePredictor, build_model
 from sparing.core.task import Evaluation, Metric, Splits, Task
 from sparing.distillation.logits import DistillationLoss, Teacher, distillation_loss, distillation_term
-from sparing.testing import QUICK, tiny_task
+from sparing.testing import QUICK, TinyGraph, tiny_task
 
 
 def test_both_terms_are_weighed_means() -> None:
@@ -173,7 +173,9 @@ def test_of_masked_words_only_the_labelled_are_compared() -> None:
         capabilities={"masked_lm"},
     )
     outputs, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 0], [-100, -100, -100]])
-    assert torch.equal(task.predictions(outputs, (None, labels)), outputs[0, [0, 2]])
+    rows, classes = task.class_logits(outputs, (None, labels))
+    assert torch.equal(rows, outputs[0, [0, 2]])
+    assert classes.tolist() == [1, 0]
 
 
 def test_a_task_that_predicts_no_logits_is_refused(tmp_path) -> None:
@@ -184,10 +186,22 @@ def test_a_task_that_predicts_no_logits_is_refused(tmp_path) -> None:
         sparing.run(task=Numbers(), steps=[sparing.Train(id="a"), sparing.Distil(teacher="a")], meter=QUICK)
 
     class Own(Numbers):
-        def predictions(self, outputs, batch):
-            return outputs.flatten(0, 1)
+        def class_logits(self, outputs, batch):
+            return outputs.flatten(0, 1), batch[1]
 
     sparing.Distil(teacher="a").check(Own())
     with pytest.raises(IncompatibleStep, match="classification"):
-        Numbers().predictions(torch.zeros(1), ())
-    assert tiny_task().predictions(torch.zeros(2, 3, 4), ()).shape == (8, 3)
+        Numbers().class_logits(torch.zeros(1), ())
+    rows, classes = tiny_task().class_logits(torch.zeros(2, 3, 4), (None, torch.zeros(2, 4)))
+    assert rows.shape == (8, 3)
+    assert classes.shape == (8,)
+
+
+def test_of_a_graph_all_nodes_are_compared() -> None:
+    task = TinyGraph()
+    batch = task.collate([task.splits(None).train[i] for i in range(3)])
+    outputs = torch.randn(len(batch[0]), 3)
+    rows, classes = task.class_logits(outputs, batch)
+    assert rows is outputs
+    assert torch.equal(classes[batch[2]], batch[3])
+    assert int((classes == -100).sum()) == len(outputs) - 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from sparing.core.errors import InvalidValue
 from sparing.engine import arithmetic as A  # noqa: N812
-from sparing.engine import reference
+from sparing.engine import gelu_table, reference
 
 
 def test_weights_round_half_to_even_and_zeros_stay() -> None:
@@ -102,9 +105,19 @@ def test_refusals_name_the_value(call: object, named: str) -> None:
 # ------------------------------------------------------------------------------- the engine's polynomials
 
 
-def test_gelu_polynomial_is_close_to_the_error_function() -> None:
+def test_gelu_is_close_to_the_error_function_and_exact_far_out() -> None:
     x = np.linspace(-12, 12, 200_001).astype(np.float32)
-    assert np.abs(reference.gelu(x) - A.gelu(x.astype(np.float64))).max() < 6e-5
+    assert np.abs(reference.gelu(x) - A.gelu(x.astype(np.float64))).max() < 8e-5
+    far = np.float32([4.5, 100, 1e30])
+    assert np.array_equal(reference.gelu(far), far)
+    assert not reference.gelu(-far).any()
+
+
+def test_the_table_of_the_native_code_is_the_references() -> None:
+    header = Path(gelu_table.__file__).parent / "native" / "gelu_table.h"
+    numbers = [np.float32(text) for text in re.findall(r"(-?\d[\d.e+-]*)f", header.read_text())]
+    assert numbers[:3] == [gelu_table.PER_UNIT, gelu_table.MIDDLE, gelu_table.LAST]
+    assert np.array_equal(np.array(numbers[3:]).reshape(3, 32), gelu_table.TABLE)
 
 
 def test_powers_of_two_and_tanh_are_close() -> None:

@@ -72,7 +72,11 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
     model = sparing.load(out / "model")
     assert model.labels == tuple(ledger.rows[-1].by_class)
     if model.preprocessing is not None:
-        assert model.predict([np.zeros((8, 8), np.uint8)]).shape == (1, len(model.labels))
+        images = type(model.preprocessing.operations[0]).__name__ == "Decode"
+        raw = np.zeros((8, 8), np.uint8) if images else ("Who wrote it?", "Nobody knows who wrote it.")
+        answer = model.predict([raw])
+        assert len(answer) == 1 and np.isfinite(answer).all()
+        assert not model.labels or answer.shape == (1, len(model.labels))
 
 
 def test_the_two_image_recipes_differ_in_size_only():

@@ -83,7 +83,9 @@ def block_mask(
         )
     scores = block_scores(weight, block, score).float()
     count = int(sparsity * scores.numel() + GUARD)
-    kept = scores > scores.flatten().kthvalue(count).values if count else torch.ones_like(scores, dtype=torch.bool)
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if count:  # on the CPU, where the selection is deterministic
+        kept = scores > scores.flatten().cpu().kthvalue(count).values.to(scores.device)
     return kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
@@ -432,7 +434,7 @@ class BlockMagnitudePruner(Masks):
             already goes on with them.
         block: (outputs, inputs) of a block; must divide each layer that is taken.
         sparsity: the final share of pruned blocks in each layer, 0 ≤ sparsity < 1.
-        schedule: when; None: everything at the first step.
+        schedule: when; None: all at once, now.
         exclude: patterns of names of layers to leave alone.
         score: "mean" or "max" of a block's absolute weights.
         convolutions: prune those of two dimensions too, as matrices (out, in · height · width).
@@ -457,7 +459,7 @@ class BlockMagnitudePruner(Masks):
         block = check_block(block)
         check_sparsity(sparsity)
         self.sparsity, self.score = sparsity, score
-        self.schedule = schedule if schedule is not None else CubicSchedule(0, 1, 1)
+        self.schedule = schedule if schedule is not None else CubicSchedule(0, 1, initial=sparsity)
         """May be replaced before the first step."""
         self.t = 0
         """Steps made."""
@@ -482,11 +484,14 @@ class BlockMagnitudePruner(Masks):
     def step(self) -> None:
         """To be called after each optimizer step: makes the masks anew when the schedule says so."""
         if self.schedule.due(self.t):
-            share = self.schedule.sparsity(self.t, self.sparsity)
-            for name, mask in self.masks.items():
-                original = self.model.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
-                mask.mask.copy_(self._mask(name, original, self.block, share))
+            self.prune(self.schedule.sparsity(self.t, self.sparsity))
         self.t += 1
+
+    def prune(self, share: float) -> None:
+        """Make the masks anew, so that this share of each layer's blocks is pruned."""
+        for name, mask in self.masks.items():
+            original = self.model.get_submodule(name).parametrizations.weight.original  # type: ignore[union-attr]
+            mask.mask.copy_(self._mask(name, original, self.block, share))
 
     def _mask(self, name: str, weight: Any, block: Block, share: float) -> Tensor:
         try:

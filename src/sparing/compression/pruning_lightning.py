@@ -50,7 +50,7 @@ class BlockPruning(Callback):
     ) -> None:
         check_block(block)
         check_sparsity(sparsity)
-        first = schedule if isinstance(schedule, CubicSchedule) else None
+        first = schedule if isinstance(schedule, CubicSchedule) else CubicSchedule(0, 1)
 
         def default(model: nn.Module) -> BlockMagnitudePruner:
             return BlockMagnitudePruner(model, block, sparsity, first, exclude, score, convolutions)
@@ -88,6 +88,8 @@ class BlockPruning(Callback):
             if not isinstance(steps, int):
                 raise InvalidValue("the training has no known length; give max_steps, or a CubicSchedule")
             self.pruner.schedule = self.schedule(steps)
+            if self._state is None:
+                self.pruner.prune(self.pruner.schedule.initial)
         self._seen = trainer.global_step
         if self._state is not None:
             self.pruner.t, self._seen = self._state["t"], self._state["seen"]

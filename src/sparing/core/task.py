@@ -84,25 +84,27 @@ class Task(ABC):
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """The training loss, a scalar reduced by ``loss_reduction`` over the batch."""
 
-    def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Logits (rows, classes): one row for each prediction on a batch that counts. Distillation compares them.
+    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(logits (M, K), classes (M,)): the rows a softmax runs over; distillation compares two models by them.
 
-        By default, for "classification": outputs (N, classes) or (N, classes, …); for "span": (N, positions, 2), a row
-        for each start and each end; for "masked_lm": (N, places, classes) with labels (N, places) in ``batch[1]``, of
-        which -100 counts not. Raises :class:`IncompatibleStep` for other tasks, unless they define it.
+        A class is -100 where none is known. By default, with the targets in ``batch[1]``: for "classification" outputs
+        (N, K) or (N, K, …); for "span" outputs (N, positions, 2), a row for each start and each end; for "masked_lm"
+        outputs (N, places, K), without the places whose target is -100. Raises :class:`IncompatibleStep` for tasks of
+        other capabilities that do not define it.
         """
         from sparing.core.errors import IncompatibleStep
 
         if "classification" in self.capabilities:
-            return outputs if outputs.ndim == 2 else outputs.movedim(1, -1).flatten(0, -2)
+            return (outputs if outputs.ndim == 2 else outputs.movedim(1, -1).flatten(0, -2)), batch[1].flatten()
         if "span" in self.capabilities:
-            return outputs.transpose(1, 2).flatten(0, 1)
+            return outputs.transpose(1, 2).flatten(0, 1), batch[1].flatten()
         if "masked_lm" in self.capabilities:
-            return outputs[batch[1] != -100]
+            counts = batch[1] != -100
+            return outputs[counts], batch[1][counts]
         raise IncompatibleStep(
             f"the outputs of {self.name!r} are not known to be logits: its capabilities are "
             f"{', '.join(sorted(self.capabilities)) or 'none'}; classification, span or masked_lm is needed, or a task "
-            "that defines predictions(outputs, batch)"
+            "that defines class_logits(outputs, batch)"
         )
 
     @abstractmethod

@@ -158,8 +158,8 @@ def distillation_term(
 ) -> Callable[[Tensor, Any, Any, nn.Module], Tensor]:
     """A loss term for a :class:`TrainingPlan`: (1 − weight) · loss so far + weight · :func:`distillation_loss`.
 
-    Compared are the task's ``predictions``. A module teacher runs on the student's device; any other is asked for
-    arrays.
+    Compared are the rows of the task's ``class_logits``. A module teacher runs on the student's device; any other is
+    asked for arrays.
     """
     from sparing.core.predictor import ModulePredictor
 
@@ -183,7 +183,7 @@ def distillation_term(
                 f"the student's outputs have shape {tuple(outputs.shape)}, the teacher's {tuple(answers.shape)}; they "
                 "must be equal"
             )
-        student, taught = task.predictions(outputs, batch), task.predictions(answers, batch)
+        student, taught = task.class_logits(outputs, batch)[0], task.class_logits(answers, batch)[0]
         if not len(student):
             return loss  # a batch without a masked word: nothing is predicted
         soft = distillation_loss(student, taught, temperature, reduction=task.loss_reduction)
@@ -193,14 +193,14 @@ def distillation_term(
 
 
 PREDICTS = frozenset({"classification", "span", "masked_lm"})
-"""Capabilities of tasks whose ``predictions`` are known."""
+"""Capabilities of tasks whose logits are known without a word of theirs."""
 
 
-def _check_predictions(task: Task) -> None:
+def _check_logits(task: Task) -> None:
     from sparing.core.task import Task
 
-    if not task.capabilities & PREDICTS and type(task).predictions is Task.predictions:
-        task.predictions(torch.zeros(1, 1), ())  # raises, saying what would be right
+    if not task.capabilities & PREDICTS and type(task).class_logits is Task.class_logits:
+        task.class_logits(torch.zeros(1, 1), ())  # raises, saying what would be right
 
 
 @step("distil")
@@ -250,7 +250,7 @@ class Distil(Train):
         from sparing.core.predictor import build_model, outline
 
         super().check(task)
-        _check_predictions(task)
+        _check_logits(task)
         if isinstance(self.model, str | Mapping):
             name, fields = self._named()
             outline(lambda: build_model(name, task, **fields))
@@ -283,7 +283,7 @@ class Distil(Train):
 
     def prepare(self, job: Job) -> tuple[nn.Module, TrainingPlan]:
         """The student, and the plan with the distillation term after all others."""
-        _check_predictions(job.task)
+        _check_logits(job.task)
         student = self.student(job)
         if self.weight == 0:
             return student, job.training

@@ -41,7 +41,7 @@ class Op(ctypes.Structure):
     _fields_ = [
         *((name, I32) for name in ("kind", "format", "epilogue", "layout")),
         *((name, I32) for name in ("rows", "columns", "heads", "part")),
-        *((name, I32) for name in ("per_sequence", "chunk", "out_rows", "out_row")),
+        *((name, I32) for name in ("out_rows", "out_row", "chunk", "unused")),
         ("constant", F32),
         ("factor", F32),
         ("grid", Grid * 3),

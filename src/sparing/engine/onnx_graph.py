@@ -147,8 +147,10 @@ def _head(g: _Graph, found: Extracted, x: str) -> str:
     for name, rows in (("head.pooler", about["dim"]), ("head.classifier", about["outputs"])):
         if f"{name}.weight" not in found.floats:
             continue
-        weight = g.constant(np.ascontiguousarray(found.floats[f"{name}.weight"][:rows].T))
-        x = g.add("Add", g.add("MatMul", x, weight), g.constant(found.floats[f"{name}.bias"][:rows]))
+        weight = found.floats[f"{name}.weight"]
+        weight = weight[:, :rows] if about["head"] == "classifier" else weight[:rows].T
+        product = g.add("MatMul", x, g.constant(np.ascontiguousarray(weight)))
+        x = g.add("Add", product, g.constant(found.floats[f"{name}.bias"][:rows]))
         if name == "head.pooler":
             x = g.add("Tanh" if about["pooler"] == "tanh" else "Relu", x)
     return x

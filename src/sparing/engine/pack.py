@@ -254,16 +254,17 @@ def sections_of(manifest: Manifest) -> dict[str, tuple[str, tuple[int | None, ..
         for name, layer in block.items():
             wanted |= _sections_of_layer(f"{number}.{name}", layer)
     if about.head == "classifier" and about.pooler != "none":
-        wanted |= _in_fours("head.pooler", about.dim, about.dim)
+        wanted |= _of_head("head.pooler", about.dim, about.dim, 16)
     if about.head in ("classifier", "span"):
-        wanted |= _in_fours("head.classifier", about.outputs, about.dim)
+        wanted |= _of_head("head.classifier", about.outputs, about.dim, 16 if about.head == "classifier" else 4)
     return wanted
 
 
-def _in_fours(name: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-    """A float layer whose outputs are filled up with zeros to a multiple of four."""
-    filled = -(-rows // 4) * 4
-    return {f"{name}.weight": ("f4", (filled, columns)), f"{name}.bias": ("f4", (filled,))}
+def _of_head(name: str, rows: int, columns: int, group: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """A float layer filled up with outputs of zeros: [in, out] in 16s on sequences, [out, in] in 4s on tokens."""
+    filled = -(-rows // group) * group
+    shape = (columns, filled) if group == 16 else (filled, columns)
+    return {f"{name}.weight": ("f4", shape), f"{name}.bias": ("f4", (filled,))}
 
 
 def _sections_of_layer(name: str, layer: Layer) -> dict[str, tuple[str, tuple[int | None, ...]]]:

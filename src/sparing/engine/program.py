@@ -15,7 +15,7 @@ from sparing.engine import native
 from sparing.engine.pack import GridOf, Layer, Manifest, Pack
 
 EMBED, NORM, QUANTISE, GEMM, ATTEND_INT, ATTEND_FLOAT, FIRST, MEAN, OUT_TOKENS, OUT_COLUMNS = range(10)
-FLOAT32, DENSE, SPARSE_4X1, TILES = range(4)
+FLOAT32, DENSE, SPARSE_4X1, TILES, COLUMNS = range(5)
 PLAIN, RESIDUAL, GELU, GELU_U8, QKV, TANH, RELU = range(7)
 NONE, FEATURES, QUADS = range(3)
 GROUP = 16
@@ -231,30 +231,30 @@ class _Builder:
         if about.head == "tokens":
             self.add("output", OUT_TOKENS, rows=dim).buffers = {"input": "x"}
         elif about.head == "span":
-            self.head("head.classifier", "x", self.tokens, PLAIN, per_sequence=0)
-            rows = self.steps[-1].fields["rows"]
+            rows = -(-about.outputs // 4) * 4
+            layer = Layer(rows=rows, columns=dim, format="float")
+            step = self.product("head.classifier", layer, "x", PLAIN)
+            step.buffers["output"] = self.buffer("head.classifier", rows * self.tokens * 4)
             self.add("output", OUT_TOKENS, rows=rows).buffers = {"input": "head.classifier"}
         else:
             kind = MEAN if about.head == "embedding" and about.pooling == "mean" else FIRST
-            pooled = self.buffer("pooled", dim * self.columns * 4)
+            pooled = self.buffer("pooled", -(-dim // GROUP) * GROUP * self.columns * 4)
             self.add("pooled", kind, rows=dim).buffers = {"input": "x", "output": pooled}
             rows = dim
             if about.head == "classifier":
                 if about.pooler != "none":
                     activation = {"tanh": TANH, "relu": RELU}[about.pooler]
-                    self.head("head.pooler", pooled, self.columns, activation, per_sequence=1, rows=dim)
-                    pooled = "head.pooler"
-                self.head("head.classifier", pooled, self.columns, PLAIN, per_sequence=1)
-                pooled, rows = "head.classifier", self.steps[-1].fields["rows"]
+                    pooled, _ = self.head("head.pooler", pooled, activation, dim)
+                pooled, rows = self.head("head.classifier", pooled, PLAIN, about.outputs)
             self.add("output", OUT_COLUMNS, rows=rows).buffers = {"input": pooled}
 
-    def head(
-        self, name: str, source: str, columns: int, epilogue: int, per_sequence: int, rows: int | None = None
-    ) -> None:
-        rows = -(-(self.about.outputs if rows is None else rows) // 4) * 4
-        layer = Layer(rows=rows, columns=self.about.dim, format="float")
-        step = self.product(name, layer, source, epilogue, per_sequence=per_sequence)
-        step.buffers["output"] = self.buffer(name, rows * columns * 4)
+    def head(self, name: str, source: str, epilogue: int, outputs: int) -> tuple[str, int]:
+        """A layer on one column for each sequence: (its buffer, its features)."""
+        rows = -(-outputs // GROUP) * GROUP
+        step = self.add(name, GEMM, format=COLUMNS, epilogue=epilogue, rows=rows, columns=self.about.dim)
+        step.arrays = {"weight": f"{name}.weight", "bias": f"{name}.bias"}
+        step.buffers = {"input": source, "output": self.buffer(name, rows * self.columns * 4)}
+        return name, rows
 
 
 def attention_constant(scale: float, size: int) -> float:

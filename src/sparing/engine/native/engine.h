@@ -4,7 +4,7 @@
 #include <cstdint>
 
 enum Kind : int32_t { EMBED = 0, NORM, QUANTISE, GEMM, ATTEND_INT, ATTEND_FLOAT, FIRST, MEAN, OUT_TOKENS, OUT_COLUMNS };
-enum Format : int32_t { FLOAT32 = 0, DENSE, SPARSE_4X1, TILES };
+enum Format : int32_t { FLOAT32 = 0, DENSE, SPARSE_4X1, TILES, COLUMNS };
 enum Epilogue : int32_t { PLAIN = 0, RESIDUAL, GELU, GELU_U8, QKV, TANH, RELU };
 enum Layout : int32_t { NONE = 0, FEATURES, QUADS };  // uint8 [slab][feature][token] or [slab][feature / 4][token][4]
 
@@ -17,8 +17,8 @@ struct Grid {
 struct Op {
   int32_t kind, format, epilogue, layout;  // layout: of the uint8 that is written
   int32_t rows, columns, heads, part;      // part: first of query, key, value that the rows of a QKV product make
-  int32_t per_sequence, chunk;             // columns are sequences, not tokens; slabs that a product takes at a time
   int32_t out_rows, out_row;               // features of the float buffer that is written, and the first of ours
+  int32_t chunk, unused;                   // slabs that a product takes at a time
   float constant, factor;                  // NORM: eps · ATTEND: scores' scale in powers of two, value scale
   Grid grid[3];
   const void *input, *weight, *index, *pointer;

@@ -39,10 +39,20 @@ INLINE I add(I x, I y) { return {_mm512_add_epi32(x.v, y.v)}; }
 INLINE I sub(I x, I y) { return {_mm512_sub_epi32(x.v, y.v)}; }
 INLINE I times(I x, I y) { return {_mm512_mullo_epi32(x.v, y.v)}; }
 INLINE I flip(I x, I y) { return {_mm512_xor_si512(x.v, y.v)}; }
-INLINE I max(I x, I y) { return {_mm512_max_epi32(x.v, y.v)}; }
+INLINE I min(I x, I y) { return {_mm512_min_epi32(x.v, y.v)}; }
 template <int N> INLINE I shl(I x) { return {_mm512_slli_epi32(x.v, N)}; }
 INLINE F to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
 INLINE I to_int(F x) { return {_mm512_cvtps_epi32(x.v)}; }
+INLINE F lookup(const float *table, I n) {  // of 32
+  return {_mm512_permutex2var_ps(_mm512_load_ps(table), n.v, _mm512_load_ps(table + 16))};
+}
+INLINE I saturated_quads(const F *v, int32_t zero) {
+  const __m512i z = _mm512_set1_epi16(int16_t(zero));
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0].v), _mm512_cvtps_epi32(v[1].v));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2].v), _mm512_cvtps_epi32(v[3].v));
+  const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(ab, z), _mm512_adds_epi16(cd, z));
+  return {_mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400))};
+}
 INLINE F add_exponent(F x, I n) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(n.v, 23)))};
 }
@@ -76,9 +86,29 @@ INLINE void restore(I *x) {
   x[3].v = _mm512_shuffle_i32x4(c, d, 0xDD);
 }
 #endif
+// 16 rows of 16 floats, `from` apart, to 16 columns, `to` apart
 INLINE void transpose(const float *p, int64_t from, float *q, int64_t to) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i steps = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int32_t(from)));
-  for (int j = 0; j < 16; ++j) _mm512_storeu_ps(q + j * to, _mm512_i32gather_ps(steps, p + j, 4));
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(p + i * from);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  // a[4 g + c]: in lane L, column 4 L + c of rows 4 g … 4 g + 3
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xDD);
+    const __m512 even2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xDD);
+    _mm512_storeu_ps(q + c * to, _mm512_shuffle_f32x4(even, even2, 0x88));
+    _mm512_storeu_ps(q + (4 + c) * to, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+    _mm512_storeu_ps(q + (8 + c) * to, _mm512_shuffle_f32x4(even, even2, 0xDD));
+    _mm512_storeu_ps(q + (12 + c) * to, _mm512_shuffle_f32x4(odd, odd2, 0xDD));
+  }
 }
 }  // namespace SPARING_PATH

@@ -31,13 +31,30 @@ INLINE I add(I a, I b) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) + uint32_t(b.v[l
 INLINE I sub(I a, I b) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) - uint32_t(b.v[l])); return a; }
 INLINE I times(I a, I b) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) * uint32_t(b.v[l])); return a; }
 INLINE I flip(I a, I b) { EACH a.v[l] ^= b.v[l]; return a; }
-INLINE I max(I a, I b) { EACH a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
+INLINE I min(I a, I b) { EACH a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
 template <int N> INLINE I shl(I a) { EACH a.v[l] = int32_t(uint32_t(a.v[l]) << N); return a; }
 INLINE F to_float(I a) { F r; EACH r.v[l] = float(a.v[l]); return r; }
 // half to even: in 2²³ … 2²⁴ floats are the whole numbers; |x| < 2²² holds wherever this is called
 INLINE I to_int(F a) {
   I r;
   EACH r.v[l] = int32_t((a.v[l] + 12582912.0f) - 12582912.0f);
+  return r;
+}
+INLINE F lookup(const float *table, I n) {
+  F r;
+  EACH r.v[l] = table[n.v[l]];
+  return r;
+}
+// whole numbers nearest to four vectors, plus zero, held within 0…255, as the four bytes of every lane
+INLINE I saturated_quads(const F *v, int32_t zero) {
+  I r = seti(0);
+  for (int i = 0; i < 4; ++i)
+    EACH {
+      // below −2¹⁵ the result is 0 whatever it is, and the conversion stays defined
+      const float bounded = v[i].v[l] < -32768.0f ? -32768.0f : v[i].v[l];
+      const int32_t n = int32_t((bounded + 12582912.0f) - 12582912.0f) + zero;
+      r.v[l] = int32_t(uint32_t(r.v[l]) | uint32_t(n < 0 ? 0 : n) << (8 * i));
+    }
   return r;
 }
 INLINE F add_exponent(F a, I n) {

@@ -5,6 +5,7 @@
 #include <ctime>
 
 #include "engine.h"
+#include "gelu_table.h"
 
 namespace SPARING_PATH {
 
@@ -24,19 +25,25 @@ INLINE F exp2_negative(F t) {
   return add_exponent(p, n);
 }
 
-// x Φ(x), Φ = ½ + u P(u²) with u = x held within ±4.3
+// 255 · 2^t for t ≤ 0, to 1e-4 of itself: it will be rounded to a whole number
+INLINE F weight_of(F t) {
+  t = max(t, setf(-125.0f));
+  const I n = to_int(t);
+  const F f = sub(t, to_float(n));
+  F p = setf(14.027278f);
+  p = add(mul(p, f), setf(61.763798f));
+  p = add(mul(p, f), setf(176.78714f));
+  p = add(mul(p, f), setf(255.0f));
+  return add_exponent(p, n);
+}
+
+// x Φ(x), Φ from a table of parabolas
 INLINE F gelu(F x) {
-  const F u = max(min(x, setf(4.3f)), setf(-4.3f)), s = mul(u, u);
-  F p = setf(4.19744968e-11f);
-  p = add(mul(p, s), setf(-4.24900293e-09f));
-  p = add(mul(p, s), setf(1.90224227e-07f));
-  p = add(mul(p, s), setf(-5.00617443e-06f));
-  p = add(mul(p, s), setf(8.71177326e-05f));
-  p = add(mul(p, s), setf(-0.00107138685f));
-  p = add(mul(p, s), setf(0.00969514996f));
-  p = add(mul(p, s), setf(-0.0661555976f));
-  p = add(mul(p, s), setf(0.398802072f));
-  return mul(x, add(mul(u, p), setf(0.5f)));
+  const F t = min(max(add(mul(x, setf(GELU_PER_UNIT)), setf(GELU_MIDDLE)), setf(0.0f)), setf(GELU_LAST));
+  const I n = to_int(t);
+  const F f = sub(t, to_float(n));
+  const F p = add(mul(lookup(GELU_TABLE[2], n), f), lookup(GELU_TABLE[1], n));
+  return mul(x, add(mul(p, f), lookup(GELU_TABLE[0], n)));
 }
 
 INLINE F tanh(F x) {
@@ -46,18 +53,25 @@ INLINE F tanh(F x) {
 
 INLINE I round_to(F v, const Grid &g) { return to_int(min(max(mul(v, setf(g.inverse)), setf(g.low)), setf(g.high))); }
 
+// four vectors, rounded to a grid, as the four bytes of every lane
+INLINE I rounded_quads(const F *v, const Grid &g) {
+  F scaled[4];
+  for (int i = 0; i < 4; ++i) scaled[i] = min(mul(v[i], setf(g.inverse)), setf(g.high));
+  return saturated_quads(scaled, g.zero);
+}
+
 // four vectors of whole numbers, each plus zero in 0…255, as the four bytes of every lane
 INLINE I pack(const I *n, int32_t zero) {
   return add(add(add(n[0], shl<8>(n[1])), add(shl<16>(n[2]), shl<24>(n[3]))), seti(zero * 0x01010101));
 }
 
 // four features of 16 tokens, to a uint8 buffer of `rows` features in either layout
-INLINE void store_u8(void *base, int layout, int64_t rows, int64_t row, int64_t slab, int64_t t, const I *n, int32_t zero) {
+INLINE void store_u8(void *base, int layout, int64_t rows, int64_t row, int64_t slab, int64_t t, const F *v, const Grid &g) {
   uint8_t *p = static_cast<uint8_t *>(base) + slab * rows * SLAB;
   if (layout == QUADS) {
-    storei(p + row * SLAB + t * 4, pack(n, zero));
+    storei(p + row * SLAB + t * 4, rounded_quads(v, g));
   } else {
-    for (int i = 0; i < 4; ++i) store_bytes(p + (row + i) * SLAB + t, add(n[i], seti(zero)));
+    for (int i = 0; i < 4; ++i) store_bytes(p + (row + i) * SLAB + t, add(round_to(v[i], g), seti(g.zero)));
   }
 }
 
@@ -73,23 +87,16 @@ INLINE int32_t load4(const void *p) {
 template <int EPILOGUE> INLINE void store_product(const Op &op, int64_t row, int64_t slab, int64_t t, F *v) {
   if constexpr (EPILOGUE == GELU || EPILOGUE == GELU_U8)
     for (int i = 0; i < 4; ++i) v[i] = gelu(v[i]);
-  if constexpr (EPILOGUE == TANH)
-    for (int i = 0; i < 4; ++i) v[i] = tanh(v[i]);
-  if constexpr (EPILOGUE == RELU)
-    for (int i = 0; i < 4; ++i) v[i] = max(v[i], setf(0.0f));
   if constexpr (EPILOGUE == GELU_U8) {
-    I n[4];
-    for (int i = 0; i < 4; ++i) n[i] = round_to(v[i], op.grid[0]);
-    store_u8(op.output8, op.layout, op.rows, row, slab, t, n, op.grid[0].zero);
+    store_u8(op.output8, op.layout, op.rows, row, slab, t, v, op.grid[0]);
   } else if constexpr (EPILOGUE == QKV) {
     const int64_t width = op.heads * int64_t(op.part >> 2), part = (op.part & 3) + row / width, r = row % width;
     const int64_t size = op.part >> 2, head = r / size, d = r % size, token = slab * SLAB + t;
     const Grid &g = op.grid[part];
+    if (part == 0) return storei(op.query + (r / 4 * op.stride + token) * 4, rounded_quads(v, g));
     I n[4];
     for (int i = 0; i < 4; ++i) n[i] = round_to(v[i], g);
-    if (part == 0) {
-      storei(op.query + (r / 4 * op.stride + token) * 4, pack(n, g.zero));
-    } else if (part == 1) {
+    if (part == 1) {
       int32_t *sums = op.key_sum + head * op.stride + token;
       const I sum = add(add(n[0], n[1]), add(n[2], n[3]));
       storei(sums, d ? add(loadi(sums), sum) : sum);
@@ -144,10 +151,6 @@ template <int V> INLINE void float_rows(const float *w, int64_t stride, const fl
   }
 }
 
-INLINE int64_t product_columns(const Op &op, const Run &run) {
-  return op.per_sequence ? (run.batch + 15) / 16 * 16 : run.tokens;
-}
-
 template <int EPILOGUE, int V> static void dense_tile(const Op &op, int64_t slab, int64_t t) {
   const uint8_t *x = static_cast<const uint8_t *>(op.input) + slab * op.columns * SLAB + t * 4;
   const int8_t *w = static_cast<const int8_t *>(op.weight);
@@ -200,8 +203,31 @@ template <int EPILOGUE> static void sparse_tile(const Op &op, int64_t slab, int6
   }
 }
 
+// A layer on one column for each sequence: lanes are outputs, weights [input][output].
+template <int EPILOGUE> static void columns_product(const Op &op, const Run &run) {
+  const float *x = static_cast<const float *>(op.input), *w = static_cast<const float *>(op.weight);
+  float *y = static_cast<float *>(op.output);
+  for (int64_t b = 0; b < run.batch; b += 4)
+    for (int64_t row = 0; row < op.rows; row += 16) {
+      F sums[4] = {setf(0.0f), setf(0.0f), setf(0.0f), setf(0.0f)};
+      const float *column = x + b / SLAB * op.columns * SLAB + b % SLAB;
+      for (int64_t k = 0; k < op.columns; ++k) {
+        const F weights = loadf(w + k * op.rows + row);
+        for (int i = 0; i < 4; ++i) sums[i] = add(sums[i], mul(weights, setf(column[k * SLAB + i])));
+      }
+      for (int i = 0; i < 4; ++i) {
+        F v = add(sums[i], loadf(op.bias + row));
+        if constexpr (EPILOGUE == TANH) v = tanh(v);
+        if constexpr (EPILOGUE == RELU) v = max(v, setf(0.0f));
+        float lanes[16];
+        storef(lanes, v);
+        for (int l = 0; l < 16; ++l) y[(b / SLAB * op.rows + row + l) * SLAB + b % SLAB + i] = lanes[l];
+      }
+    }
+}
+
 template <int EPILOGUE> static void gemm_lanes(const Op &op, const Run &run) {
-  const int64_t total = product_columns(op, run);
+  const int64_t total = run.tokens;
   for (int64_t first = 0; first < total; first += SLAB) {
     const int64_t slab = first / SLAB, here = total - first < SLAB ? total - first : SLAB;
     for (int64_t t = 0; t < here;) {
@@ -245,14 +271,17 @@ static void small_product(const int8_t *w, int64_t stride, int64_t rows, const u
 #endif
 
 static void product(const Op &op, const Run &run) {
+  if (op.format == COLUMNS) {
+    if (op.epilogue == TANH) return columns_product<TANH>(op, run);
+    if (op.epilogue == RELU) return columns_product<RELU>(op, run);
+    return columns_product<PLAIN>(op, run);
+  }
   switch (op.epilogue) {
     case PLAIN: return gemm<PLAIN>(op, run);
     case RESIDUAL: return gemm<RESIDUAL>(op, run);
     case GELU: return gemm<GELU>(op, run);
     case GELU_U8: return gemm<GELU_U8>(op, run);
     case QKV: return gemm<QKV>(op, run);
-    case TANH: return gemm<TANH>(op, run);
-    case RELU: return gemm<RELU>(op, run);
   }
 }
 
@@ -287,7 +316,7 @@ static void embed(const Op &op, const Run &run) {
 
 // Over the features of each token, two passes; four sums of every fourth feature each, added up in pairs. In place.
 static void norm(const Op &op, const Run &run) {
-  const int64_t rows = op.rows, total = product_columns(op, run);
+  const int64_t rows = op.rows, total = run.tokens;
   const F size = setf(float(rows)), eps = setf(op.constant);
   for (int64_t first = 0; first < total; first += 16) {
     const int64_t slab = first / SLAB, t = first % SLAB;
@@ -305,14 +334,13 @@ static void norm(const Op &op, const Run &run) {
     const F variance = div(add(add(q[0], q[1]), add(q[2], q[3])), size);
     const F inverse = div(setf(1.0f), sqrt(add(variance, eps)));
     for (int64_t r = 0; r < rows; r += 4) {
-      I n[4];
+      F v[4];
       for (int i = 0; i < 4; ++i) {
         const F unit = mul(sub(loadf(x + (r + i) * SLAB), mean), inverse);
-        const F v = add(mul(unit, setf(op.extra[r + i])), setf(op.bias[r + i]));
-        storef(y + (r + i) * SLAB, v);
-        n[i] = round_to(v, op.grid[0]);
+        v[i] = add(mul(unit, setf(op.extra[r + i])), setf(op.bias[r + i]));
+        storef(y + (r + i) * SLAB, v[i]);
       }
-      if (op.layout != NONE) store_u8(op.output8, op.layout, rows, r, slab, t, n, op.grid[0].zero);
+      if (op.layout != NONE) store_u8(op.output8, op.layout, rows, r, slab, t, v, op.grid[0]);
     }
   }
 }
@@ -322,9 +350,9 @@ static void quantise(const Op &op, const Run &run) {
     const int64_t slab = first / SLAB, t = first % SLAB;
     const float *x = static_cast<const float *>(op.input) + slab * op.rows * SLAB + t;
     for (int64_t r = 0; r < op.rows; r += 4) {
-      I n[4];
-      for (int i = 0; i < 4; ++i) n[i] = round_to(loadf(x + (r + i) * SLAB), op.grid[0]);
-      store_u8(op.output8, op.layout, op.rows, r, slab, t, n, op.grid[0].zero);
+      F v[4];
+      for (int i = 0; i < 4; ++i) v[i] = loadf(x + (r + i) * SLAB);
+      store_u8(op.output8, op.layout, op.rows, r, slab, t, v, op.grid[0]);
     }
   }
 }
@@ -346,28 +374,31 @@ static void attend_int(const Op &op, const Run &run) {
       const int8_t *key = op.key + (head * stride + start) * size, *value = op.value + head * size * stride + start;
       for (int64_t j = 0; j < keys; ++j)
         offset[j] = op.grid[1].zero * op.key_sum[head * stride + start + j] + (run.keep[start + j] ? 0 : MASKED);
-      for (int64_t i = 0; i < keys; i += 32) {
-        const int v = keys - i < 32 ? 1 : 2;
+      const int64_t width = keys > 256 ? 16 : 32;  // queries at a time, for their scores to stay in the level-1 cache
+      for (int64_t i = 0; i < keys; i += width) {
+        const int v = keys - i < width || width == 16 ? 1 : 2;
         const uint8_t *query = op.query + (head * size / 4 * stride + start + i) * 4;
         small_product(key, size, keys, query, stride * 4, size / 4, v, scores);
         I sum[2];
         for (int j = 0; j < v; ++j) {
-          I m = seti(INT32_MIN);
-          for (int64_t k = 0; k < keys; ++k) m = max(m, sub(loadi(scores + (k * v + j) * 16), seti(offset[k])));
+          const int32_t *column = scores + j * 16;
+          I least = seti(INT32_MAX);  // of offset − score
+          for (int64_t k = 0; k < keys; ++k) least = min(least, sub(seti(offset[k]), loadi(column + k * v * 16)));
           I total = seti(0);
-          for (int64_t k = 0; k < padded; k += 4) {
-            I n[4];
+          for (int64_t k = 0; k < keys; k += 4) {
+            F w[4];
             for (int r = 0; r < 4; ++r) {
-              if (k >= keys || !run.keep[start + k + r]) {
-                n[r] = seti(0);
-                continue;
-              }
-              const I below = sub(sub(loadi(scores + ((k + r) * v + j) * 16), seti(offset[k + r])), m);
-              n[r] = to_int(mul(exp2_negative(mul(to_float(below), setf(op.constant))), setf(255.0f)));
-              total = add(total, n[r]);
+              const I above = sub(sub(seti(offset[k + r]), loadi(column + (k + r) * v * 16)), least);
+              w[r] = weight_of(mul(to_float(above), setf(-op.constant)));
             }
-            storei(p + (k / 4 * v + j) * 64, pack(n, 0));
+            if (load4(run.keep + start + k) != 0x01010101)
+              for (int r = 0; r < 4; ++r)
+                if (!run.keep[start + k + r]) w[r] = setf(0.0f);
+            const I quads = saturated_quads(w, 0);
+            total = dot4(total, quads, seti(0x01010101));
+            storei(p + (k / 4 * v + j) * 64, quads);
           }
+          for (int64_t k = keys; k < padded; k += 4) storei(p + (k / 4 * v + j) * 64, seti(0));
           sum[j] = total;
         }
         small_product(value, stride, size, p, 64 * v, padded / 4, v, scores);
@@ -376,15 +407,11 @@ static void attend_int(const Op &op, const Run &run) {
           const I shift = times(sum[j], seti(op.grid[2].zero - 128));
           const int64_t slab = (start + i + 16 * j) / SLAB, t = (start + i + 16 * j) % SLAB;
           for (int64_t d = 0; d < size; d += 4) {
-            I n[4];
             F c[4];
-            for (int r = 0; r < 4; ++r) {
-              c[r] = mul(to_float(sub(loadi(scores + ((d + r) * v + j) * 16), shift)), scale);
-              n[r] = round_to(c[r], op.grid[0]);
-            }
+            for (int r = 0; r < 4; ++r) c[r] = mul(to_float(sub(loadi(scores + ((d + r) * v + j) * 16), shift)), scale);
             const int64_t row = head * size + d;
             if (op.layout != NONE) {
-              store_u8(op.output8, op.layout, op.heads * size, row, slab, t, n, op.grid[0].zero);
+              store_u8(op.output8, op.layout, op.heads * size, row, slab, t, c, op.grid[0]);
             } else {
               float *out = static_cast<float *>(op.output) + (slab * op.heads * size + row) * SLAB + t;
               for (int r = 0; r < 4; ++r) storef(out + r * SLAB, c[r]);
@@ -426,18 +453,16 @@ static void attend_float(const Op &op, const Run &run) {
         const int64_t slab = (start + i) / SLAB, t = (start + i) % SLAB;
         for (int64_t d = 0; d < size; d += 4) {
           F c[4];
-          I n[4];
           for (int r = 0; r < 4; ++r) {
             c[r] = setf(0.0f);
             for (int64_t j = 0; j < keys; ++j)
               if (run.keep[start + j])
                 c[r] = add(c[r], mul(setf(*at(2 * width + head * size + d + r, start + j)), loadf(weights + j * 16)));
             c[r] = div(c[r], sum);
-            n[r] = round_to(c[r], op.grid[0]);
           }
           const int64_t row = head * size + d;
           if (op.layout != NONE) {
-            store_u8(op.output8, op.layout, width, row, slab, t, n, op.grid[0].zero);
+            store_u8(op.output8, op.layout, width, row, slab, t, c, op.grid[0]);
           } else {
             float *out = static_cast<float *>(op.output) + (slab * width + row) * SLAB + t;
             for (int r = 0; r < 4; ++r) storef(out + r * SLAB, c[r]);

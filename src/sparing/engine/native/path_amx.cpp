@@ -95,7 +95,7 @@ static void block(const int8_t *a, int64_t stride, int64_t below, int64_t next, 
 
 template <int EPILOGUE> static void gemm(const Op &op, const Run &run) {
   if (op.format == FLOAT32 || op.rows % 16 || op.columns % 64) return gemm_lanes<EPILOGUE>(op, run);
-  const int64_t total = product_columns(op, run), slabs = (total + SLAB - 1) / SLAB, steps = op.columns / 64;
+  const int64_t total = run.tokens, slabs = (total + SLAB - 1) / SLAB, steps = op.columns / 64;
   int8_t *expanded = static_cast<int8_t *>(op.scratch);                           // [2][steps][16][64]
   int32_t *sums[2];                                                               // [32][32] each
   sums[0] = reinterpret_cast<int32_t *>(expanded + 2 * 16 * op.columns);

@@ -90,6 +90,12 @@ class NodeClassification(Task):
 
         return cross_entropy(outputs[batch[2]], batch[3])
 
+    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(logits (N, classes), classes (N,)) of all nodes of the graph, -100 for those that are not the batch's."""
+        classes = batch[3].new_full((len(outputs),), -100)
+        classes[batch[2]] = batch[3]
+        return outputs, classes
+
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """Accuracy, worst class's accuracy, calibration error (15 bins), negative log-likelihood and macro-F1."""
         if len(split) == 0:
