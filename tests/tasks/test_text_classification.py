@@ -355,6 +355,33 @@ def test_a_recipe_is_planned_on_the_data_folder_it_is_given(root, monkeypatch, t
         sparing.plan(recipe)
 
 
+def test_a_published_model_is_trained_further_on_its_own_vocabulary(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "dull", "film", "very"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, *"0123456789", *(f"##{digit}" for digit in range(10))]))
+    config = transformers.BertConfig(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=20,
+        hidden_dropout_prob=0.0,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    task = small(vocabulary=str(tmp_path / "vocab.txt"))
+    model = sparing.from_transformers(tmp_path)
+    assert (model.embeddings.sep_id, model.pad_id) == (task.wordpiece.sep_id, task.wordpiece.pad_id) == (4, 0)
+    steps = [Train(epochs=30, batch_size=16, lr=0.01)]
+    done = sparing.run(task=task, model=model, steps=steps, meter=QUICK, out=tmp_path / "out")
+    assert done.ledger.rows[0].figures["accuracy"].value > 0.9
+    train = task.splits(None).train
+    answers = load(done.folder / "model").predict(train.texts).argmax(1)
+    assert (answers == train.labels).mean() > 0.9
+
+
 def test_a_pretrained_trunk_goes_from_task_to_task(root):
     language = MaskedLM(length=16, vocab_size=90)
     language.splits(root)
