@@ -101,6 +101,7 @@ def test_fewer_tokens_cost_less(sparse_bert: Any) -> None:
     ("changes", "named"),
     [
         ({"max_batch": 0}, "max_batch .* not 0"),
+        ({"max_batch": 1 << 16, "max_length": 512}, "65536 sequences of 512 tokens; .* 16777216"),
         ({"max_length": True}, "max_length .* not True"),
         ({"max_length": 81}, "max_length = 81; the model has positions for 80"),
         ({"engine": "fast"}, "not 'fast'"),

@@ -142,6 +142,8 @@ def _check_sizes(max_batch: int, max_length: int, engine: str, tokens: Sequence[
     for name, value in (("max_batch", max_batch), ("max_length", max_length)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
             raise InvalidValue(f"{name} must be a whole number in 1…65536, not {value!r}")
+    if max_batch * max_length > packs.MAX_TOKENS:
+        raise InvalidValue(f"{max_batch} sequences of {max_length} tokens; a batch may hold {packs.MAX_TOKENS} tokens")
     if engine not in ("auto", "sparse", "dense", "onnxruntime", "torch"):
         raise InvalidValue(f"engine must be auto, sparse, dense, onnxruntime or torch, not {engine!r}")
     if tokens is not None and (not tokens or min(tokens) < 1):

@@ -33,6 +33,8 @@ DTYPES: tuple[np.dtype[Any], ...] = tuple(np.dtype(code) for code in ("i1", "u1"
 ALIGNMENT = 64
 MAX_SECTIONS = 1 << 16
 MAX_MANIFEST = 4 << 20
+MAX_TOKENS = 1 << 24
+"""Tokens that a batch may hold."""
 
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Format = Literal["float", "dense", "4x1", "tiles"]
@@ -294,6 +296,8 @@ def check(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
     about = manifest.encoder
     if about.dim % about.heads or about.dim // about.heads % 4 or manifest.max_length > about.positions:
         raise ValueError(f"dim {about.dim}, heads {about.heads}, length {manifest.max_length} do not fit together")
+    if manifest.max_batch * manifest.max_length > MAX_TOKENS:
+        raise ValueError(f"{manifest.max_batch} sequences of {manifest.max_length} tokens are more than {MAX_TOKENS}")
     if about.position_offset + manifest.max_length > about.positions:
         raise ValueError(
             f"{about.positions} positions are too few for {manifest.max_length} from {about.position_offset}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sparing.core.errors import InvalidValue
 from sparing.engine import native
 from sparing.engine.pack import GridOf, Layer, Manifest, Pack
 
@@ -284,7 +285,12 @@ class Program:
         self.plan = plan_memory(
             [Buffer(name, builder.sizes[name], min(where), max(where)) for name, where in used.items()]
         )
-        self._workspace = mmap.mmap(-1, self.plan.nbytes + 64)
+        try:
+            self._workspace = mmap.mmap(-1, self.plan.nbytes + 64)
+        except (OSError, OverflowError) as error:
+            raise InvalidValue(
+                f"a workspace of {self.plan.nbytes} bytes cannot be had ({error}); fewer sequences or tokens are needed"
+            ) from error
         # the view keeps the map alive and gives its address
         self._memory = np.frombuffer(self._workspace, np.uint8)
         places = {buffer.name: self._memory.ctypes.data + buffer.offset for buffer in self.plan.buffers}

@@ -323,6 +323,8 @@ class OnnxEngine(Engine):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        # without VNNI the runtime would otherwise add pairs of products in 16 bits, which can overflow
+        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = onnxruntime.InferenceSession(
                 pack.arrays["onnx"].tobytes(), options, providers=["CPUExecutionProvider"], enable_fallback=0
