@@ -80,12 +80,13 @@ def test_capabilities_come_from_steps_tasks_models_and_are_taken_away():
 
 def test_a_promise_that_nobody_realises_and_who_would():
     assert problems(Learn(), Mask(id="prune")) == [
-        "steps[1]: 'prune' promises sparsity, which no later step realises; add one of: shrink"
+        "steps[1]: 'prune' promises sparsity, which no later step realises; add one of: compile, shrink"
     ]
     assert len(problems(Learn(), Shrink(), Mask())) == 1
     assert accepted(Learn(), Mask(), Mask(id="again"), Shrink())
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(PARTS["steps"], "shrink")
+        for name in ("compile", "shrink"):
+            patch.delitem(PARTS["steps"], name)
         registry.parts.cache_clear()
         assert problems(Learn(), Mask())[0].endswith("add one of: none of the installed steps does")
 

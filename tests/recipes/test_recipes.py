@@ -75,7 +75,8 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
         images = type(model.preprocessing.operations[0]).__name__ == "Decode"
         raw = np.zeros((8, 8), np.uint8) if images else ("Who wrote it?", "Nobody knows who wrote it.")
         answer = model.predict([raw])
-        assert len(answer) == 1 and np.isfinite(answer).all()
+        assert len(answer) == 1
+        assert np.isfinite(answer).all()
         assert not model.labels or answer.shape == (1, len(model.labels))
 
 
