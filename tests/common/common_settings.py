@@ -97,6 +97,29 @@ class Pools(nn.Module):
         return x.mean((2, 3)) * self.scale
 
 
+def word_rows() -> list[list[str]]:
+    """Ninety lists of three to eight words, whose last one tells two kinds apart."""
+    words = np.random.RandomState(0).choice(["some", "words", "that", "mean", "nothing", "at", "all"], (90, 7))
+    return [[*row[: 2 + number % 6].tolist(), "red" if number % 2 else "green"] for number, row in enumerate(words)]
+
+
+SMALL_BERT = {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.0}
+"""Fields of a bert for :func:`few_texts`."""
+
+
+class FewTexts(sparing.TextClassification):
+    """Texts whose model is small as well."""
+
+    def default_model(self) -> nn.Module:
+        return build_model("bert", self, **SMALL_BERT)
+
+
+def few_texts() -> sparing.Task:
+    """Texts of two kinds, of different lengths, and a vocabulary of their own."""
+    texts = [" ".join(row) for row in word_rows()]
+    return FewTexts("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
+
+
 STEPS = {
     "train": StepCase(
         sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),
@@ -122,6 +145,12 @@ STEPS = {
         Shrink(ratio=0.5),
         before=(TRAIN,),
         nothing=StepCase(Shrink(ratio=0), before=(TRAIN,), nothing="is the case"),
+    ),
+    "compile": StepCase(
+        sparing.Compile(max_batch=4, samples=8),
+        before=(TRAIN,),
+        task=few_texts,
+        nothing=StepCase(sparing.Compile(kernels="sparse"), before=(TRAIN,), task=few_texts, nothing="is the case"),
     ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
@@ -217,21 +246,6 @@ def registered_task(name: str, **fields):
 
     return resolve("tasks", name)(**fields)
 
-
-def word_rows() -> list[list[str]]:
-    """Ninety lists of three to eight words, whose last one tells two kinds apart."""
-    words = np.random.RandomState(0).choice(["some", "words", "that", "mean", "nothing", "at", "all"], (90, 7))
-    return [[*row[: 2 + number % 6].tolist(), "red" if number % 2 else "green"] for number, row in enumerate(words)]
-
-
-def few_texts() -> sparing.Task:
-    """Texts of two kinds, of different lengths, and a vocabulary of their own."""
-    texts = [" ".join(row) for row in word_rows()]
-    return sparing.TextClassification("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
-
-
-SMALL_BERT = {"dim": 16, "depth": 2, "heads": 2, "dropout": 0.0}
-"""Fields of a bert for :func:`few_texts`."""
 
 MODELS = {
     "bert": ModelCase("bert", few_texts, SMALL_BERT),

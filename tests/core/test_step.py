@@ -144,7 +144,9 @@ def test_the_registry_knows_names_and_things():
     assert registry.resolve("models", "mlp") is MLP
     assert registry.name_of("models", MLP) == "mlp"
     assert registry.name_of("models", Path) is None
-    with pytest.raises(UnknownName, match=r"unknown model 'mpl'\. Did you mean 'mlp'\? Known models: bert, convnet, emo, "):
+    with pytest.raises(
+        UnknownName, match=r"unknown model 'mpl'\. Did you mean 'mlp'\? Known models: bert, convnet, emo, "
+    ):
         registry.resolve("models", "mpl")
 
 
