@@ -90,7 +90,7 @@ class _Builder:
         self.about, self.path = manifest.encoder, path
         self.tokens = padded_tokens(manifest.max_batch, manifest.max_length, path)
         self.length = -(-manifest.max_length // 64) * 64
-        self.columns = padded_tokens(manifest.max_batch, 1, path)
+        self.columns = -(-manifest.max_batch // native.SLAB[path]) * native.SLAB[path]
         self.stride = self.tokens + 64
         self.steps: list[Step] = []
         self.sizes: dict[str, int] = {}
