@@ -266,3 +266,21 @@ def test_other_heads_families_and_loose_ends_are_refused(tmp_path):
         from_transformers(theirs("Bert", "ForQuestionAnswering"), pooling="mean")
     with pytest.raises(DataError, match=r"config.json is missing; a local folder"):
         from_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])
+def test_a_folder_whose_weights_lack_the_head_is_refused(tmp_path, head):
+    model = theirs("DistilBert", "Model")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [f"DistilBert{head}"]}))
+    with pytest.raises(DataError, match=rf"lack (classifier|qa_outputs|pre_classifier)\.\w+ .*DistilBert{head}"):
+        from_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Roberta"])
+def test_a_folder_of_a_masked_language_model_with_its_tied_words_is_whole(tmp_path, family):
+    model = theirs(family, "ForMaskedLM")
+    model.save_pretrained(tmp_path)
+    ours = from_transformers(tmp_path, sep_id=3)
+    assert torch.equal(ours.embeddings.words.weight, model.get_input_embeddings().weight)

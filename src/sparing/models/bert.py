@@ -453,9 +453,17 @@ def _loaded(folder: Path) -> PreTrainedModel:
         kind = getattr(transformers, str(named[0]), None)
         if kind is None:
             raise DataError(f"{config}: architectures = {named}; the name of a class of transformers is expected first")
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+        model, found = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise DataError(f"{folder} cannot be read as a model of transformers: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise DataError(
+            f"{folder}: its weights lack {missing[0]} ({len(missing)} such tensors), which a {type(model).__name__} "
+            "has; the model must be trained and saved with its head"
+        )
+    return model
 
 
 def _separator(folder: Path) -> int | None:
