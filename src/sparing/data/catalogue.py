@@ -16,10 +16,11 @@ from sparing.data.cifar import CIFAR10, read_cifar10
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
 from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
+from sparing.data.squad import SQUAD, Question, read_published
 from sparing.data.text import AG_NEWS, SST2, TREC, read_ag_news, read_sst2, read_trec
 
 Reader = Callable[[Path, bool], tuple[Any, np.ndarray]]
-"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes (N,) or N texts; labels (N,))."""
+"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes (N,) or N texts; labels or numbers (N,))."""
 
 READERS: dict[str, tuple[Source, Reader]] = {
     FASHION_MNIST.name: (FASHION_MNIST, read_fashion_mnist),
@@ -28,7 +29,13 @@ READERS: dict[str, tuple[Source, Reader]] = {
     SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
     AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
     TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),
+    SQUAD.name: (SQUAD, lambda root, train: _numbered(read_published(root, train))),
 }
+
+
+def _numbered(questions: list[Question]) -> tuple[list[str], np.ndarray]:
+    """Their texts, and their numbers in place of labels."""
+    return [question.question for question in questions], np.arange(len(questions))
 
 
 @dataclass(frozen=True)

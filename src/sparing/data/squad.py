@@ -10,7 +10,7 @@ from typing import Any
 
 from sparing.core.errors import DataError, shown
 from sparing.data.root import Source
-from sparing.data.text import read_text
+from sparing.data.text import first_of, read_text
 
 SQUAD = Source(
     "squad",
@@ -30,6 +30,12 @@ class Question:
     question: str
     context: str
     answers: tuple[tuple[str, int], ...]
+
+
+def read_published(root: Path, train: bool) -> list[Question]:
+    """The questions of the official training or development file under the data root."""
+    names = [f"{'train' if train else 'dev'}-v1.1.json{end}" for end in ("", ".gz")]
+    return read_squad(first_of(SQUAD.folder(root), names, SQUAD.how_to_place(root)))
 
 
 def read_squad(path: Path) -> list[Question]:
