@@ -204,26 +204,36 @@ template <int EPILOGUE> static void sparse_tile(const Op &op, int64_t slab, int6
 }
 
 // A layer on one column for each sequence: lanes are outputs, weights [input][output].
-template <int EPILOGUE> static void columns_product(const Op &op, const Run &run) {
-  const float *x = static_cast<const float *>(op.input), *w = static_cast<const float *>(op.weight);
-  float *y = static_cast<float *>(op.output);
-  for (int64_t b = 0; b < run.batch; b += 4)
-    for (int64_t row = 0; row < op.rows; row += 16) {
-      F sums[4] = {setf(0.0f), setf(0.0f), setf(0.0f), setf(0.0f)};
-      const float *column = x + b / SLAB * op.columns * SLAB + b % SLAB;
-      for (int64_t k = 0; k < op.columns; ++k) {
-        const F weights = loadf(w + k * op.rows + row);
-        for (int i = 0; i < 4; ++i) sums[i] = add(sums[i], mul(weights, setf(column[k * SLAB + i])));
-      }
-      for (int i = 0; i < 4; ++i) {
-        F v = add(sums[i], loadf(op.bias + row));
-        if constexpr (EPILOGUE == TANH) v = tanh(v);
-        if constexpr (EPILOGUE == RELU) v = max(v, setf(0.0f));
-        float lanes[16];
-        storef(lanes, v);
-        for (int l = 0; l < 16; ++l) y[(b / SLAB * op.rows + row + l) * SLAB + b % SLAB + i] = lanes[l];
-      }
+template <int EPILOGUE, int V> INLINE void columns_tile(const Op &op, int64_t b, int64_t row) {
+  const float *column = static_cast<const float *>(op.input) + b / SLAB * op.columns * SLAB + b % SLAB;
+  const float *w = static_cast<const float *>(op.weight) + row;
+  F sums[4][V];
+  for (int i = 0; i < 4; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = setf(0.0f);
+  for (int64_t k = 0; k < op.columns; ++k, w += op.rows, column += SLAB) {
+    F weights[V];
+    for (int v = 0; v < V; ++v) weights[v] = loadf(w + 16 * v);
+    for (int i = 0; i < 4; ++i)
+      for (int v = 0; v < V; ++v) sums[i][v] = add(sums[i][v], mul(weights[v], setf(column[i])));
+  }
+  float *y = static_cast<float *>(op.output) + (b / SLAB * op.rows + row) * SLAB + b % SLAB;
+  for (int i = 0; i < 4; ++i)
+    for (int v = 0; v < V; ++v) {
+      F x = add(sums[i][v], loadf(op.bias + row + 16 * v));
+      if constexpr (EPILOGUE == TANH) x = tanh(x);
+      if constexpr (EPILOGUE == RELU) x = max(x, setf(0.0f));
+      float lanes[16];
+      storef(lanes, x);
+      for (int l = 0; l < 16; ++l) y[(16 * v + l) * SLAB + i] = lanes[l];
     }
+}
+
+template <int EPILOGUE> static void columns_product(const Op &op, const Run &run) {
+  for (int64_t b = 0; b < run.batch; b += 4) {
+    int64_t row = 0;
+    for (; row + 64 <= op.rows; row += 64) columns_tile<EPILOGUE, 4>(op, b, row);
+    for (; row < op.rows; row += 16) columns_tile<EPILOGUE, 1>(op, b, row);
+  }
 }
 
 template <int EPILOGUE> static void gemm_lanes(const Op &op, const Run &run) {
