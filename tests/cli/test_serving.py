@@ -41,6 +41,10 @@ def test_a_limit_that_nothing_keeps_names_the_smallest_latency(folder: Path, cap
     assert "no combination stays within 1e-06 ms: the smallest p99 is" in capfd.readouterr().err
     assert main(["bench", str(folder), "--max-latency-ms", "5", "--length", "13"]) == 2
     assert "length must be in 1…12, not 13" in capfd.readouterr().err
+    assert main(["bench", str(folder), "--max-latency-ms", "5", "--batch", "3"]) == 2
+    assert "leave out all but --length" in capfd.readouterr().err
+    assert main(["bench", str(folder), "--length", "5"]) == 2
+    assert "--length 5 is for --max-latency-ms" in capfd.readouterr().err
 
 
 def test_a_model_that_is_not_compiled_cannot_be_served_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

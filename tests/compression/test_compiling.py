@@ -40,7 +40,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
         sparing.Train(id="dense", epochs=2, batch_size=16, lr=2e-3),
         sparing.BlockPrune(sparsity=0.8),
         sparing.Train(id="sparse", epochs=5, batch_size=16, lr=2e-3),
-        sparing.Compile(max_batch=4, kernels="sparse"),
+        sparing.Compile(max_batch=4, kernels="sparse" if cpu_capability().compiled else "auto"),
     ]
     return sparing.run(task=Reviews(), steps=steps, meter=METER, out=folder / "run", store=folder / "store")
 
@@ -89,10 +89,11 @@ def test_planning_refuses_a_model_that_is_no_text_encoder() -> None:
         compile_model(nn.Linear(2, 2), task, data.calibration, data.val)
 
 
+@compiled_here
 def test_sparse_kernels_of_a_dense_model_are_refused_with_its_sparsity() -> None:
     task = Reviews()
     data = task.splits(None)
-    with pytest.raises(NoEffect, match=r"70%.*the most is 0\.0%" if cpu_capability().compiled else "native"):
+    with pytest.raises(NoEffect, match=r"70%.*the most is 0\.0%"):
         compile_model(task.default_model(), task, data.calibration, data.val, kernels="sparse", tolerance=0.9)
 
 
@@ -103,7 +104,8 @@ def test_layers_return_to_float_when_the_loss_is_too_large(monkeypatch: pytest.M
 
     def strict(self, predictor, split):  # whatever is in INT8 is wrong
         found = whole(self, predictor, split)
-        integers = any("Int8" in type(module).__name__ for module in predictor.model.modules())
+        model = getattr(predictor, "model", None)
+        integers = model is not None and any("Int8" in type(module).__name__ for module in model.modules())
         return type(found)({**found.metrics, "accuracy": 0.2 if integers else 0.9}, None)
 
     monkeypatch.setattr(Reviews, "evaluate", strict)
@@ -112,6 +114,34 @@ def test_layers_return_to_float_when_the_loss_is_too_large(monkeypatch: pytest.M
     assert report.candidates[-1] == (12, 0.9)
     assert predictor.runtime == "onnxruntime"  # in float nothing is left for the engine to win
     assert predictor.describe().precision == "fp32"
+
+
+@compiled_here
+def test_the_engine_itself_is_scored_and_attention_goes_to_float_where_it_loses(monkeypatch) -> None:
+    task = Reviews()
+    data = task.splits(None)
+    whole = Reviews.evaluate
+
+    def strict(self, predictor, split):  # attention in integers is wrong, in the engine only
+        found = whole(self, predictor, split)
+        engine = getattr(predictor, "engine", None)
+        integers = engine is not None and any(layer.outputs for layer in engine.encoder.blocks[0].values())
+        return type(found)({**found.metrics, "accuracy": 0.2 if integers else 0.9}, None)
+
+    monkeypatch.setattr(Reviews, "evaluate", strict)
+    predictor, report = compile_model(task.default_model(), task, data.calibration, data.val)
+    assert (report.score_float, report.score, len(report.quantised)) == (0.9, 0.9, 12)
+    assert not any(layer.outputs for layer in predictor.engine.encoder.blocks[0].values())
+
+
+def test_planning_refuses_a_task_of_masked_words_and_pruning_that_the_engine_cannot_use() -> None:
+    bert = PartRef("bert", {"dim": 16, "depth": 1, "heads": 2})
+    steps = (sparing.Train(id="a"), sparing.Compile())
+    with pytest.raises(RecipeError, match="no head that predicts masked words, which 'masked_lm' asks for"):
+        plan(Recipe(PartRef("masked_lm"), steps, model=bert))
+    pruned = (sparing.BlockPrune(block=(1, 4)), sparing.Train(id="a"), sparing.Compile())
+    with pytest.raises(RecipeError, match="'block_prune' promises sparsity of 1×4 blocks, which no later step"):
+        plan(Recipe(PartRef("masked_lm"), pruned, model=bert))
 
 
 def test_a_folder_with_another_file_or_a_damaged_pack_is_refused(ran: Run, tmp_path: Path) -> None:

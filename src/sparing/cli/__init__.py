@@ -233,9 +233,14 @@ def bench(
         Print one JSON document and nothing else.
     """
     from sparing.cli.benching import bench_folder, serve_folder
+    from sparing.core.errors import InvalidValue
 
     if max_latency_ms is not None:
+        if (threads, batch, data, tuple(trust)) != (1, 64, None, ()):
+            raise InvalidValue("--max-latency-ms finds batch and threads itself: leave out all but --length and --json")
         return serve_folder(folder, max_latency_ms, length, json=json)
+    if length is not None:
+        raise InvalidValue(f"--length {length} is for --max-latency-ms, which is not given")
     return bench_folder(folder, threads=threads, batch=batch, data=data, trust=trust, json=json)
 
 

@@ -212,7 +212,9 @@ def _engine() -> list[Finding]:
     from sparing.engine.native import cpu_capability, doctor_lines
 
     compiled = cpu_capability().compiled
-    cure = "" if compiled else "install a C++ compiler (g++ or clang++), then pip install --force-reinstall sparing"
+    cure = (
+        "" if compiled else "install a C++ compiler (g++ or clang++), then install sparing again, as it was installed"
+    )
     return [Finding(name, "ok" if compiled else "note", detail, cure) for name, detail in doctor_lines()]
 
 

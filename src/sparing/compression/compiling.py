@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from sparing.core.errors import IncompatibleStep
-from sparing.core.predictor import ModulePredictor
+from sparing.core.predictor import ModulePredictor, Predictor
 from sparing.core.step import Stage, Step, step
 from sparing.core.store import JSON, PREDICTOR, All
 
@@ -44,7 +45,8 @@ def compile_model(
         task: scores and feeds it.
         calibration: data set that activations' ranges are taken from.
         val: data set by which layers return to floating point; see
-            :func:`~sparing.compression.ptq.quantize_ptq` for ``tolerance``, ``method`` and ``exclude``.
+            :func:`~sparing.compression.ptq.quantize_ptq` for ``tolerance``, ``method`` and ``exclude``. The engine
+            itself is scored on it as well: where it loses more than the tolerance, attention goes to floating point.
         max_batch: sequences that are run at a time.
         max_length: longest input in tokens; None: the model's.
         kernels: see :func:`~sparing.engine.compiler.compile_encoder`.
@@ -63,22 +65,34 @@ def compile_model(
             f"the engine runs text encoders (the model bert, or one taken over with from_transformers), not a "
             f"{type(model).__name__}; export it to ONNX and quantise that"
         )
-    headline = task.headline
+    headline, source = task.headline, ModulePredictor(model, task)
+    inputs = calibration_inputs(task, model, calibration, samples)
 
-    def score(candidate: nn.Module) -> float:
-        return float(task.evaluate(ModulePredictor(candidate, task), val).metrics[headline.name])
+    def score(predictor: Predictor) -> float:
+        return float(task.evaluate(predictor, val).metrics[headline.name])
 
-    quantised, report = quantize_ptq(
-        model,
-        calibration_inputs(task, model, calibration, samples),
-        method=method,
-        tolerance=tolerance,
-        score=score,
-        better=headline.better,
-        exclude=exclude,
-    )
-    engine = compile_encoder(quantised, max_batch, max_length or model.max_length, kernels)
-    return EnginePredictor(engine, task, source=ModulePredictor(model, task).describe()), report
+    def made(integer_attention: bool) -> tuple[EnginePredictor, PTQReport]:
+        quantised, report = quantize_ptq(
+            model,
+            inputs,
+            method=method,
+            tolerance=tolerance,
+            score=lambda candidate: score(ModulePredictor(candidate, task)),
+            better=headline.better,
+            exclude=exclude,
+            integer_attention=integer_attention,
+        )
+        engine = compile_encoder(quantised, max_batch, max_length or model.max_length, kernels)
+        predictor = EnginePredictor(engine, task, source=source.describe())
+        return predictor, replace(report, score=score(predictor))
+
+    predictor, report = made(integer_attention=True)
+    assert report.score is not None
+    assert report.score_float is not None
+    loss = report.score_float - report.score if headline.better == "higher" else report.score - report.score_float
+    if loss > tolerance * abs(report.score_float):  # what the engine rounds besides: weights of attention
+        return made(integer_attention=False)
+    return predictor, report
 
 
 @step("compile")
@@ -110,6 +124,15 @@ class Compile(Step):
     """Calibration samples, spread evenly over the calibration split."""
     exclude: tuple[str, ...] = ()
     """Patterns of names of layers that stay in floating point, e.g. "blocks.0.*"."""
+
+    def check(self, task: Task) -> None:
+        """The engine has no head for masked words."""
+        super().check(task)
+        if "masked_lm" in task.capabilities:
+            raise IncompatibleStep(
+                f"the engine has no head that predicts masked words, which {task.name!r} asks for; put a transfer to "
+                "the task that is served before compile"
+            )
 
     def apply(self, job: Job) -> Job:
         """The job with an engine predictor; its model stays the one that was compiled."""

@@ -342,7 +342,9 @@ def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], 
 
 
 def _steps_with(attribute: str, value: str) -> list[str]:
-    return sorted(name for name in parts("steps") if value in getattr(resolve("steps", name), attribute, ()))
+    """Names of the steps that declare it whatever their fields are."""
+    declared = {name: getattr(resolve("steps", name), attribute, ()) for name in parts("steps")}
+    return sorted(name for name, words in declared.items() if not isinstance(words, property) and value in words)
 
 
 def _look_up(

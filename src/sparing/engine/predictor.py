@@ -12,7 +12,7 @@ import numpy as np
 from sparing.core.errors import CorruptFile, InvalidValue
 from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.tree import to_numpy
-from sparing.engine.runtime import Engine
+from sparing.engine.runtime import Engine, NativeEngine, OnnxEngine
 
 if TYPE_CHECKING:
     from sparing.core.predictor.folder import Manifest
@@ -39,9 +39,10 @@ class EnginePredictor(Predictor):
         source: Description,
         threads: int | None = None,
     ) -> None:
+        if not isinstance(engine, NativeEngine | OnnxEngine):
+            raise InvalidValue(f"an engine of kind {engine.kind!r} has no file; compile with engine='auto'")
         self.engine = engine
-        self._instances = [engine]
-        self._content: bytes | None = None
+        self._instances: list[Engine] = [engine]
         self._source = source
         super().__init__(task, threads=threads)
 
@@ -77,17 +78,12 @@ class EnginePredictor(Predictor):
             kind=self.kind,
             runtime=self.runtime,
             precision=_precision(self.engine),
-            model_bytes=len(self._packed()),
+            model_bytes=self.engine.pack.nbytes,
         )
 
     def payload(self) -> tuple[dict[str, bytes], dict[str, Any]]:
         """The pack; it holds all that the engine needs."""
-        return {PACK: self._packed()}, {}
-
-    def _packed(self) -> bytes:
-        if self._content is None:
-            self._content = self.engine.to_bytes()
-        return self._content
+        return {PACK: self.engine.to_bytes()}, {}
 
     @classmethod
     def load_files(cls, files: Mapping[str, Any], manifest: Manifest, trust: Collection[str] = ()) -> Self:
