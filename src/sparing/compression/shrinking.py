@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from sparing.compression.pruning import GUARD, check_sparsity, reasons
+from sparing.compression.pruning import GUARD, check_sparsity, reasons, sparsity_of
 from sparing.compression.ptq import arguments_of, run_on
 from sparing.core.errors import InvalidValue, NoEffect, did_you_mean, shown
 from sparing.core.predictor import ModelSpec, ModulePredictor, build_model, outline, spec_of
@@ -739,6 +739,10 @@ class Shrink(Step):
         for kind, count in left.items():
             job.record(f"{kind} cut", count, "", how="derived", better="higher")
         job.notes.remarks.append(str(report))
+        stayed = sparsity_of(made)
+        zeros = stayed.sparsity if stayed.layers else 0.0
+        if zeros > 0.01:
+            job.notes.remarks.append(f"{zeros:.0%} of the weights that stay are zero, which only compile leaves out")
         if not report.rebuilt:
             job.notes.remarks.append(
                 "the smaller model is not what its builder makes, so it is saved as an ONNX graph only (see export)"
