@@ -14,6 +14,7 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.predictor import ModulePredictor
 from sparing.data.squad import Question
 from sparing.data.wordpiece import SPECIAL, WordPiece
+from sparing.distillation.logits import distillation_loss, distillation_term
 from sparing.tasks.text.spans import best_answers, exact_match, f1_score, normalise_answer, score_answers
 from sparing.tasks.text.squad import OUTSIDE, Squad, SquadWindows, make_windows
 from sparing.testing import QUICK
@@ -209,11 +210,42 @@ def test_the_loss_is_the_mean_of_both_and_padding_has_no_share(tmp_path):
     longer = (torch.nn.functional.pad(batch[0], (0, 5)), batch[1])
     padded = torch.nn.functional.pad(logits, (0, 0, 0, 5), value=9.0)
     torch.testing.assert_close(task.loss(padded, longer), task.loss(logits, batch))
-    rows = task.predictions(padded, longer)
+    rows, positions = task.class_logits(padded, longer)
+    assert positions.tolist() == batch[1].flatten().tolist()
     assert rows.shape == (6, padded.shape[1])
     assert (rows[:, -5:] == OUTSIDE).all()
     assert torch.equal(rows[2, :-5], logits[1, :, 0])
     assert torch.equal(rows[3, :-5], logits[1, :, 1])
+
+
+def test_padding_is_not_distilled(tmp_path):
+    """Ragged windows: what either network says behind a text is no part of the comparison."""
+    task = small(tmp_path)
+    items = sorted(task.splits(None).train, key=lambda item: len(item[0]))
+    batch = task.collate([items[0], items[-1]])
+    padding = batch[0] == task.wordpiece.pad_id
+    assert padding.any()
+    torch.manual_seed(0)
+    outputs = torch.randn(*batch[0].shape, 2, requires_grad=True)
+    answers = np.random.RandomState(1).standard_normal(outputs.shape).astype(np.float32)
+
+    def term(student, behind):
+        said = np.where(padding[..., None], np.float32(behind), answers)
+        return distillation_term(lambda ids: said, task, 2.0, 1.0)(
+            torch.tensor(0.0), student, batch, torch.nn.Identity()
+        )
+
+    loss = term(outputs, 0.0)
+    assert term(outputs, 40.0) == loss
+    assert term(outputs.masked_fill(padding[..., None], -7.0), 0.0) == loss
+    parts = []  # each window alone, without padding
+    for row, length in enumerate((~padding).sum(1).tolist()):
+        pair = (outputs[row, :length].T, torch.from_numpy(answers[row, :length]).T)
+        parts.append(distillation_loss(*pair, 2.0))
+    torch.testing.assert_close(loss, sum(parts) / 2)
+    loss.backward()
+    assert outputs.grad.isfinite().all()
+    assert torch.equal(outputs.grad.abs().sum(-1) == 0, padding)
 
 
 class Oracle:
@@ -251,6 +283,22 @@ def test_figures_are_the_metric_over_questions(tmp_path):
         task.evaluate(Oracle(test), [])
     with pytest.raises(InvalidValue, match="squad: outputs of shape"):
         task.evaluate(lambda ids: np.zeros(ids.shape), test)
+
+
+@pytest.mark.parametrize("behind", [0.0, -9.0, np.nan])
+def test_what_is_said_behind_a_text_does_not_answer(behind, tmp_path):
+    """Logits are mostly below the 0 that runtimes leave there; answers must not depend on a window's batch mates."""
+    task = small(tmp_path, n_best=1, length=64)  # a window holds a passage
+    test = task.splits(None).test
+    oracle, filled = Oracle(test), []
+
+    def predictor(ids):
+        padding = np.asarray(ids) == task.wordpiece.pad_id
+        filled.append(padding.any(axis=1))
+        return np.where(padding[..., None], behind, oracle(ids) - 20)
+
+    assert task.evaluate(predictor, test).metrics == {"f1": 1.0, "exact_match": 1.0}
+    assert np.concatenate(filled).any()
 
 
 def test_windows_of_one_question_answer_together(tmp_path):

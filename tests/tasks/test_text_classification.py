@@ -162,7 +162,9 @@ def test_loss_and_rows_for_distillation():
     batch = task.collate([task.splits(None).train[i] for i in range(4)])
     logits = torch.randn(4, 3)
     assert torch.equal(task.loss(logits, batch), torch.nn.functional.cross_entropy(logits, batch[1]))
-    assert task.predictions(logits, batch) is logits
+    rows, classes = task.class_logits(logits, batch)
+    assert rows is logits
+    assert torch.equal(classes, batch[1])
 
 
 def test_what_is_not_given_is_cut_and_what_is_given_is_kept():

@@ -15,7 +15,7 @@ from sparing.core.collation import batches_of
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.fingerprint import fingerprint
 from sparing.core.metrics import correct, log_softmax
-from sparing.core.task import Evaluation, Metric, Splits
+from sparing.core.task import IGNORED, Evaluation, Metric, Splits
 from sparing.data.text import read_corpus
 from sparing.data.wordpiece import SPECIAL, WordPiece
 from sparing.tasks.text.base import PIECES, VOCABULARY, TextTask
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from sparing.core.predictor import Predictor
 
-IGNORED = -100
-"""Label of a slot that is there to fill up a batch."""
 EVALUATION_BATCH = 32
 _SEED = 20_181_011
 
@@ -256,6 +254,11 @@ class MaskedLM(TextTask):
         from torch.nn.functional import cross_entropy
 
         return cross_entropy(outputs.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORED)
+
+    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(logits (M, vocab_size), pieces (M,)) of the M slots that count."""
+        counts = batch[1] != IGNORED
+        return outputs[counts], batch[1][counts]
 
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """Accuracy, negative log-likelihood and perplexity over the slots that count; each slot is a unit."""

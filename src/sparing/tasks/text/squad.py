@@ -286,19 +286,19 @@ class Squad(TextTask):
         """A question and a passage that fill the whole length, of ordinary words."""
         return [("who will go to the house ?", ORDINARY * (self.length // 8))]
 
-    def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Logits (2N, T): for each window a row of starts and one of ends.
+    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(logits (2N, T), positions (2N,)): for each window a row of starts and one of ends.
 
-        Padding has the logit −10⁹, so that a window's share of the loss does not depend on how long the others are.
+        Padding has the logit −10⁹, so that a window's share of a loss does not depend on how long the others are.
         """
         padding = batch[0] == self.wordpiece.pad_id
-        return outputs.transpose(1, 2).masked_fill(padding[:, None], OUTSIDE).flatten(0, 1)
+        return outputs.transpose(1, 2).masked_fill(padding[:, None], OUTSIDE).flatten(0, 1), batch[1].flatten()
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean of the cross-entropies of starts and of ends."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self.predictions(outputs, batch), batch[1].flatten())
+        return cross_entropy(*self.class_logits(outputs, batch))
 
     def answers(self, predictor: Predictor, split: Any) -> dict[int, str]:
         """Number of a question → the text answered, from all of its windows in the split."""
@@ -310,6 +310,8 @@ class Squad(TextTask):
             outputs, places = np.asarray(self.outputs(predictor, batch)), np.asarray(batch[2])
             if outputs.shape != places.shape:
                 raise InvalidValue(f"squad: outputs of shape {outputs.shape}; logits {places.shape} are expected")
+            padding = np.asarray(batch[0] == self.wordpiece.pad_id)  # what is said behind a text is of no account
+            outputs = np.where(padding[..., None], np.float32(OUTSIDE), outputs)
             found = postprocess_spans(
                 outputs[..., 0], outputs[..., 1], places[..., 0] >= 0, self.n_best, self.max_answer_length
             )
