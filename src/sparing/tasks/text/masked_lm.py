@@ -150,7 +150,9 @@ class MaskedLM(TextTask):
     (N, P, vocab_size): only slots that count are computed. A slot with the label −100 fills up and counts for nothing.
 
     5 % of the texts are the test split, 2 % validate and 1 % calibrate, drawn once and for all. Parts of one sentence
-    of SST-2 may be in several splits.
+    of SST-2 may be in several splits. The default vocabulary is made of all training texts of SST-2 and AG News, so
+    those of this task's test split are among them: their pieces are known (there are no labels), and the tasks that
+    follow share it. ``vocabulary=None`` makes one of the training split alone.
 
     Args:
         corpora: names of corpora (sst2, ag_news, trec, tinyshakespeare, wikitext2, us_addresses), of which the training
