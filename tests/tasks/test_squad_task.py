@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 import sparing
 from sparing import postprocess_spans, squad_metrics
@@ -281,6 +282,8 @@ def test_figures_are_the_metric_over_questions(tmp_path):
     assert exact.all()
     with pytest.raises(InvalidValue, match="squad: the split to evaluate holds no window"):
         task.evaluate(Oracle(test), [])
+    with pytest.raises(InvalidValue, match="squad: the split is a list; a split of the task, or a torch Subset"):
+        task.evaluate(Oracle(test), [test[0]])
     with pytest.raises(InvalidValue, match="squad: outputs of shape"):
         task.evaluate(lambda ids: np.zeros(ids.shape), test)
 
@@ -299,6 +302,23 @@ def test_what_is_said_behind_a_text_does_not_answer(behind, tmp_path):
 
     assert task.evaluate(predictor, test).metrics == {"f1": 1.0, "exact_match": 1.0}
     assert np.concatenate(filled).any()
+
+
+def test_a_split_is_scored_by_its_own_questions(tmp_path):
+    """Whatever was read since: the same task may be asked for the splits of several data folders."""
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root, count in zip(roots, (40, 60), strict=True):
+        root.mkdir()
+        files(root, count)
+    names = {"train": "train.json", "test": "test.json"}
+    task = Squad(**names, length=24, stride=4, vocabulary=None, vocab_size=60)
+    tests = [task.splits(root).test for root in roots]
+    assert [test.rows[0] for test in tests] == [40, 60]
+    task.splits(roots[0])  # read before: kept
+    for test in reversed(tests):
+        assert task.evaluate(Oracle(test), test).metrics == {"f1": 1.0, "exact_match": 1.0}
+        some = Subset(Subset(test, range(6)), [1, 2, 4])
+        assert task.evaluate(Oracle(test), some).metrics["exact_match"] == 1.0
 
 
 def test_windows_of_one_question_answer_together(tmp_path):
@@ -335,7 +355,7 @@ def test_the_subset_is_read_and_shared_questions_count_once(data_root):
             assert first <= begin
             assert last >= begin + len(text)
     untrained = ModulePredictor(task.default_model(), task)
-    few = [splits.test[index] for index in range(8)]
+    few = Subset(splits.test, range(8))
     assert 0 <= task.evaluate(untrained, few).metrics["f1"] <= 1
 
 

@@ -128,6 +128,17 @@ class SquadWindows:
         return self._fingerprint
 
 
+def _questions_of(split: Any) -> Sequence[Question]:
+    """The questions that a split's numbers name; parts of a data set know it as torch's ``Subset`` does."""
+    while not isinstance(split, SquadWindows):
+        if not hasattr(split, "dataset"):
+            raise InvalidValue(
+                f"squad: the split is a {type(split).__name__}; a split of the task, or a torch Subset of it, is needed"
+            )
+        split = split.dataset
+    return split.questions
+
+
 def pad_windows(
     items: Sequence[tuple[Tensor, Tensor, Tensor, int]], pad_id: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,7 +221,6 @@ class Squad(TextTask):
                 raise InvalidValue(f"squad: {split} = {names!r}; paths of files are expected")
             self.files[split] = None if names is None else [str(name) for name in names]
         self._read: dict[Path, dict[str, list[Question]]] = {}
-        self._questions: list[Question] = []
 
     def _paths(self, root: Path) -> dict[str, list[Path]]:
         chosen: Mapping[str, Any] = self.files
@@ -274,7 +284,6 @@ class Squad(TextTask):
         for name, numbers in rows.items():
             if not numbers:
                 raise DataError(f"squad: {len(passages)} training passages leave none for the split {name!r}")
-        self._questions = questions
         return Splits(**{name: SquadWindows(questions, self.wordpiece, self.stride, rows[name]) for name in rows})
 
     @property
@@ -302,6 +311,7 @@ class Squad(TextTask):
 
     def answers(self, predictor: Predictor, split: Any) -> dict[int, str]:
         """Number of a question → the text answered, from all of its windows in the split."""
+        questions = _questions_of(split)
         spans, scores, rows, offsets = [], [], [], []
         items = items_of(split, range(len(split)))
         order = sorted(range(len(items)), key=lambda index: len(items[index][0]))  # little padding
@@ -322,14 +332,14 @@ class Squad(TextTask):
         back = np.argsort(order, kind="stable")  # ties between windows go to the earlier one
         together = np.concatenate(spans)[back], np.concatenate(scores)[back]
         rows, offsets = [rows[index] for index in back], [offsets[index] for index in back]
-        return best_answers(*together, rows, offsets, [self._questions[row].context for row in rows])
+        return best_answers(*together, rows, offsets, [questions[row].context for row in rows])
 
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """F1 and exact match over the questions of the split, in 0…1."""
         if len(split) == 0:
             raise InvalidValue("squad: the split to evaluate holds no window")
-        answers = self.answers(predictor, split)
-        golds = [[text for text, _ in self._questions[row].answers] for row in answers]
+        answers, questions = self.answers(predictor, split), _questions_of(split)
+        golds = [[text for text, _ in questions[row].answers] for row in answers]
         exact, f1 = score_answers(list(answers.values()), golds)
         return Evaluation({"f1": float(f1.mean()), "exact_match": float(exact.mean())}, f1)
 
