@@ -336,7 +336,7 @@ def test_a_network_learns_to_answer_and_is_exported(tmp_path):
     model = {"name": "bert", "dim": 32, "depth": 2, "heads": 2, "segments": 2, "dropout": 0.0}
     done = sparing.run(task=task, model=model, steps=steps, meter=QUICK)
     trained, exported = done.ledger.rows
-    assert trained.figures["f1"].value > 0.5
+    assert trained.figures["exact_match"].value > 0.9
     assert exported.runtime == "onnxruntime"
     assert exported.figures["f1"].value == pytest.approx(trained.figures["f1"].value, abs=0.05)
     logits = done.job.predictor.predict([("who sat ?", "for 3 years a cat sat on the hill .")])
@@ -347,7 +347,8 @@ def test_the_subset_is_read_and_shared_questions_count_once(data_root):
     task = Squad(vocabulary=None, vocab_size=2000)
     splits = task.splits(data_root)
     assert [len(part.rows) for part in vars(splits).values()] == [4223, 235, 95, 1926]
-    assert (len(splits.train), len(splits.test)) >= (4223, 1926)
+    assert len(splits.train) >= 4223
+    assert len(splits.test) >= 1926
     for row, window in splits.test.windows[:300]:
         text, begin = splits.test.questions[row].answers[0]
         if window.span != (0, 0):
@@ -383,7 +384,14 @@ def test_too_few_passages_are_refused(tmp_path):
 
 def test_a_teacher_of_spans_is_distilled(tmp_path):
     task, model = small(tmp_path), {"name": "bert", "dim": 16, "depth": 1, "heads": 2}
-    first = sparing.Train(id="first", epochs=1, batch_size=16, lr=3e-3)
-    distil = sparing.Distil(teacher="first", model=model, epochs=1, batch_size=16)
-    done = sparing.run(task=task, model=model, steps=[first, distil], meter=QUICK)
-    assert [row.id for row in done.ledger.rows] == ["first", "distil"]
+    quickly = {"epochs": 1, "batch_size": 16, "lr": 3e-3}
+
+    def end(step):
+        steps = [sparing.Train(id="first", **quickly), step]
+        return sparing.run(task=task, model=model, steps=steps, meter=QUICK, store=tmp_path / "store").job.model
+
+    plain = end(sparing.Train(id="second", **quickly)).state_dict()
+    control = end(sparing.Distil(teacher="first", weight=0, **quickly)).state_dict()
+    assert all(torch.equal(control[name], plain[name]) for name in plain)
+    taught = end(sparing.Distil(teacher="first", weight=0.9, **quickly)).state_dict()
+    assert not torch.equal(taught["head.classifier.weight"], plain["head.classifier.weight"])
