@@ -80,6 +80,9 @@ class Language(sparing.CustomTask):
     def outputs(self, model: Any, batch: Any) -> Any:
         return model(batch[0][:, :LENGTH], batch[0][:, LENGTH:])
 
+    def class_logits(self, outputs: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs.flatten(0, 1), batch[1].flatten()
+
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
         (both,) = super().example_input(batch)
         return both[:, :LENGTH].clone(), both[:, LENGTH:].clone()

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 import sparing
 from sparing.core.errors import IncompatibleStep, InvalidValue, RecipeError
 from sparing.core.predictor import ModulePredictor, build_model
-from sparing.core.task import Evaluation, Metric, Splits, Task
+from sparing.core.task import IGNORED, Evaluation, Metric, Splits, Task
 from sparing.distillation.logits import DistillationLoss, Teacher, distillation_loss, distillation_term
+from sparing.tasks.text.masked_lm import MaskedLM
 from sparing.testing import QUICK, TinyGraph, tiny_task
 
 
@@ -27,9 +28,9 @@ def test_both_terms_are_weighed_means() -> None:
 
 def test_of_masked_words_those_that_are_no_label_do_not_count() -> None:
     student, teacher = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
-    labels = torch.tensor([[1, -100, 2], [-100, 6, -100]])
+    labels = torch.tensor([[1, IGNORED, 2], [IGNORED, 6, IGNORED]])
     found = DistillationLoss(0.5, 0.5, 2.0)(student, teacher, labels)
-    rows = labels != -100
+    rows = labels != IGNORED
     expected = 0.5 * cross_entropy(student[rows], labels[rows]) + 0.5 * distillation_loss(
         student[rows], teacher[rows], 2
     )
@@ -37,7 +38,7 @@ def test_of_masked_words_those_that_are_no_label_do_not_count() -> None:
     found.backward()
     assert student.grad is not None
     assert torch.equal(student.grad.abs().sum(-1) > 0, rows)
-    nothing = DistillationLoss()(student, teacher, torch.full((2, 3), -100))
+    nothing = DistillationLoss()(student, teacher, torch.full((2, 3), IGNORED))
     assert nothing.item() == 0
     nothing.backward()  # a batch in which nothing counts teaches nothing
 
@@ -102,8 +103,11 @@ class Answers(Task):
 
         return Splits(part(64, 0), part(24, 1), part(16, 2), part(24, 3))
 
+    def class_logits(self, outputs: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs.transpose(1, 2).flatten(0, 1), batch[1].flatten()
+
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        return cross_entropy(outputs.transpose(1, 2).flatten(0, 1), batch[1].flatten())
+        return cross_entropy(*self.class_logits(outputs, batch))
 
     def evaluate(self, predictor: Any, split: Any) -> Evaluation:
         x, y = (torch.stack(column).numpy() for column in zip(*split, strict=True))
@@ -163,16 +167,8 @@ def test_the_term_of_spans_is_the_mean_of_both() -> None:
 
 
 def test_of_masked_words_only_the_labelled_are_compared() -> None:
-    task = sparing.CustomTask(
-        "words",
-        [(0, 0)],
-        [(0, 0)],
-        model=nn.Identity(),
-        loss=cross_entropy,
-        metrics={"m": len},
-        capabilities={"masked_lm"},
-    )
-    outputs, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 0], [-100, -100, -100]])
+    task = MaskedLM()
+    outputs, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORED, 0], [IGNORED, IGNORED, IGNORED]])
     rows, classes = task.class_logits(outputs, (None, labels))
     assert torch.equal(rows, outputs[0, [0, 2]])
     assert classes.tolist() == [1, 0]
@@ -181,8 +177,9 @@ def test_of_masked_words_only_the_labelled_are_compared() -> None:
 def test_a_task_that_predicts_no_logits_is_refused(tmp_path) -> None:
     class Numbers(Answers):
         capabilities = frozenset({"regression"})
+        class_logits = Task.class_logits
 
-    with pytest.raises(RecipeError, match=r"'answers' are not known to be logits.*regression; classification, span or"):
+    with pytest.raises(RecipeError, match=r"'answers' are not known to be logits.*regression; classification is"):
         sparing.run(task=Numbers(), steps=[sparing.Train(id="a"), sparing.Distil(teacher="a")], meter=QUICK)
 
     class Own(Numbers):
@@ -204,4 +201,4 @@ def test_of_a_graph_all_nodes_are_compared() -> None:
     rows, classes = task.class_logits(outputs, batch)
     assert rows is outputs
     assert torch.equal(classes[batch[2]], batch[3])
-    assert int((classes == -100).sum()) == len(outputs) - 3
+    assert int((classes == IGNORED).sum()) == len(outputs) - 3

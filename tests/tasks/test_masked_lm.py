@@ -10,8 +10,9 @@ import sparing
 from sparing import Train
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.fingerprint import fingerprint
+from sparing.core.task import IGNORED
 from sparing.data.wordpiece import SPECIAL, WordPiece
-from sparing.tasks.text.masked_lm import IGNORED, MaskedLM, MaskedTexts, mask_pieces, pack_texts, pad_masked
+from sparing.tasks.text.masked_lm import MaskedLM, MaskedTexts, mask_pieces, pack_texts, pad_masked
 from sparing.testing import QUICK
 
 WORDPIECE = WordPiece((*SPECIAL, *"abcdefghij"))
@@ -90,9 +91,10 @@ def test_slots_that_fill_up_a_batch_count_for_nothing(tmp_path):
     assert ids.tolist() == [[2, 4, 6, 3, 0], [2, 4, 4, 9, 3]]
     assert (positions.tolist(), labels.tolist()) == ([[1, 0], [1, 2]], [[5, IGNORED], [7, 8]])
     batch, outputs = ((ids, positions), labels), torch.randn(2, 2, 15)
-    rows = made.predictions(outputs, batch)
+    rows, pieces = made.class_logits(outputs, batch)
     assert torch.equal(rows, torch.stack([outputs[0, 0], outputs[1, 0], outputs[1, 1]]))
-    expected = torch.nn.functional.cross_entropy(rows, torch.tensor([5, 7, 8]))
+    assert pieces.tolist() == [5, 7, 8]
+    expected = torch.nn.functional.cross_entropy(rows, pieces)
     torch.testing.assert_close(made.loss(outputs, batch), expected)
     changed = outputs.clone()
     changed[0, 1] += 100

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 import sparing
 from sparing import postprocess_spans, squad_metrics
@@ -14,6 +15,7 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.predictor import ModulePredictor
 from sparing.data.squad import Question
 from sparing.data.wordpiece import SPECIAL, WordPiece
+from sparing.distillation.logits import distillation_loss, distillation_term
 from sparing.tasks.text.spans import best_answers, exact_match, f1_score, normalise_answer, score_answers
 from sparing.tasks.text.squad import OUTSIDE, Squad, SquadWindows, make_windows
 from sparing.testing import QUICK
@@ -209,11 +211,42 @@ def test_the_loss_is_the_mean_of_both_and_padding_has_no_share(tmp_path):
     longer = (torch.nn.functional.pad(batch[0], (0, 5)), batch[1])
     padded = torch.nn.functional.pad(logits, (0, 0, 0, 5), value=9.0)
     torch.testing.assert_close(task.loss(padded, longer), task.loss(logits, batch))
-    rows = task.predictions(padded, longer)
+    rows, positions = task.class_logits(padded, longer)
+    assert positions.tolist() == batch[1].flatten().tolist()
     assert rows.shape == (6, padded.shape[1])
     assert (rows[:, -5:] == OUTSIDE).all()
     assert torch.equal(rows[2, :-5], logits[1, :, 0])
     assert torch.equal(rows[3, :-5], logits[1, :, 1])
+
+
+def test_padding_is_not_distilled(tmp_path):
+    """Ragged windows: what either network says behind a text is no part of the comparison."""
+    task = small(tmp_path)
+    items = sorted(task.splits(None).train, key=lambda item: len(item[0]))
+    batch = task.collate([items[0], items[-1]])
+    padding = batch[0] == task.wordpiece.pad_id
+    assert padding.any()
+    torch.manual_seed(0)
+    outputs = torch.randn(*batch[0].shape, 2, requires_grad=True)
+    answers = np.random.RandomState(1).standard_normal(outputs.shape).astype(np.float32)
+
+    def term(student, behind):
+        said = np.where(padding[..., None], np.float32(behind), answers)
+        return distillation_term(lambda ids: said, task, 2.0, 1.0)(
+            torch.tensor(0.0), student, batch, torch.nn.Identity()
+        )
+
+    loss = term(outputs, 0.0)
+    assert term(outputs, 40.0) == loss
+    assert term(outputs.masked_fill(padding[..., None], -7.0), 0.0) == loss
+    parts = []  # each window alone, without padding
+    for row, length in enumerate((~padding).sum(1).tolist()):
+        pair = (outputs[row, :length].T, torch.from_numpy(answers[row, :length]).T)
+        parts.append(distillation_loss(*pair, 2.0))
+    torch.testing.assert_close(loss, sum(parts) / 2)
+    loss.backward()
+    assert outputs.grad.isfinite().all()
+    assert torch.equal(outputs.grad.abs().sum(-1) == 0, padding)
 
 
 class Oracle:
@@ -249,8 +282,43 @@ def test_figures_are_the_metric_over_questions(tmp_path):
     assert exact.all()
     with pytest.raises(InvalidValue, match="squad: the split to evaluate holds no window"):
         task.evaluate(Oracle(test), [])
+    with pytest.raises(InvalidValue, match="squad: the split is a list; a split of the task, or a torch Subset"):
+        task.evaluate(Oracle(test), [test[0]])
     with pytest.raises(InvalidValue, match="squad: outputs of shape"):
         task.evaluate(lambda ids: np.zeros(ids.shape), test)
+
+
+@pytest.mark.parametrize("behind", [0.0, -9.0, np.nan])
+def test_what_is_said_behind_a_text_does_not_answer(behind, tmp_path):
+    """Logits are mostly below the 0 that runtimes leave there; answers must not depend on a window's batch mates."""
+    task = small(tmp_path, n_best=1, length=64)  # a window holds a passage
+    test = task.splits(None).test
+    oracle, filled = Oracle(test), []
+
+    def predictor(ids):
+        padding = np.asarray(ids) == task.wordpiece.pad_id
+        filled.append(padding.any(axis=1))
+        return np.where(padding[..., None], behind, oracle(ids) - 20)
+
+    assert task.evaluate(predictor, test).metrics == {"f1": 1.0, "exact_match": 1.0}
+    assert np.concatenate(filled).any()
+
+
+def test_a_split_is_scored_by_its_own_questions(tmp_path):
+    """Whatever was read since: the same task may be asked for the splits of several data folders."""
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root, count in zip(roots, (40, 60), strict=True):
+        root.mkdir()
+        files(root, count)
+    names = {"train": "train.json", "test": "test.json"}
+    task = Squad(**names, length=24, stride=4, vocabulary=None, vocab_size=60)
+    tests = [task.splits(root).test for root in roots]
+    assert [test.rows[0] for test in tests] == [40, 60]
+    task.splits(roots[0])  # read before: kept
+    for test in reversed(tests):
+        assert task.evaluate(Oracle(test), test).metrics == {"f1": 1.0, "exact_match": 1.0}
+        some = Subset(Subset(test, range(6)), [1, 2, 4])
+        assert task.evaluate(Oracle(test), some).metrics["exact_match"] == 1.0
 
 
 def test_windows_of_one_question_answer_together(tmp_path):
@@ -268,7 +336,7 @@ def test_a_network_learns_to_answer_and_is_exported(tmp_path):
     model = {"name": "bert", "dim": 32, "depth": 2, "heads": 2, "segments": 2, "dropout": 0.0}
     done = sparing.run(task=task, model=model, steps=steps, meter=QUICK)
     trained, exported = done.ledger.rows
-    assert trained.figures["f1"].value > 0.5
+    assert trained.figures["exact_match"].value > 0.9
     assert exported.runtime == "onnxruntime"
     assert exported.figures["f1"].value == pytest.approx(trained.figures["f1"].value, abs=0.05)
     logits = done.job.predictor.predict([("who sat ?", "for 3 years a cat sat on the hill .")])
@@ -279,7 +347,8 @@ def test_the_subset_is_read_and_shared_questions_count_once(data_root):
     task = Squad(vocabulary=None, vocab_size=2000)
     splits = task.splits(data_root)
     assert [len(part.rows) for part in vars(splits).values()] == [4223, 235, 95, 1926]
-    assert (len(splits.train), len(splits.test)) >= (4223, 1926)
+    assert len(splits.train) >= 4223
+    assert len(splits.test) >= 1926
     for row, window in splits.test.windows[:300]:
         text, begin = splits.test.questions[row].answers[0]
         if window.span != (0, 0):
@@ -287,7 +356,7 @@ def test_the_subset_is_read_and_shared_questions_count_once(data_root):
             assert first <= begin
             assert last >= begin + len(text)
     untrained = ModulePredictor(task.default_model(), task)
-    few = [splits.test[index] for index in range(8)]
+    few = Subset(splits.test, range(8))
     assert 0 <= task.evaluate(untrained, few).metrics["f1"] <= 1
 
 
@@ -315,7 +384,14 @@ def test_too_few_passages_are_refused(tmp_path):
 
 def test_a_teacher_of_spans_is_distilled(tmp_path):
     task, model = small(tmp_path), {"name": "bert", "dim": 16, "depth": 1, "heads": 2}
-    first = sparing.Train(id="first", epochs=1, batch_size=16, lr=3e-3)
-    distil = sparing.Distil(teacher="first", model=model, epochs=1, batch_size=16)
-    done = sparing.run(task=task, model=model, steps=[first, distil], meter=QUICK)
-    assert [row.id for row in done.ledger.rows] == ["first", "distil"]
+    quickly = {"epochs": 1, "batch_size": 16, "lr": 3e-3}
+
+    def end(step):
+        steps = [sparing.Train(id="first", **quickly), step]
+        return sparing.run(task=task, model=model, steps=steps, meter=QUICK, store=tmp_path / "store").job.model
+
+    plain = end(sparing.Train(id="second", **quickly)).state_dict()
+    control = end(sparing.Distil(teacher="first", weight=0, **quickly)).state_dict()
+    assert all(torch.equal(control[name], plain[name]) for name in plain)
+    taught = end(sparing.Distil(teacher="first", weight=0.9, **quickly)).state_dict()
+    assert not torch.equal(taught["head.classifier.weight"], plain["head.classifier.weight"])

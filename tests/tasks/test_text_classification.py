@@ -162,7 +162,9 @@ def test_loss_and_rows_for_distillation():
     batch = task.collate([task.splits(None).train[i] for i in range(4)])
     logits = torch.randn(4, 3)
     assert torch.equal(task.loss(logits, batch), torch.nn.functional.cross_entropy(logits, batch[1]))
-    assert task.predictions(logits, batch) is logits
+    rows, classes = task.class_logits(logits, batch)
+    assert rows is logits
+    assert torch.equal(classes, batch[1])
 
 
 def test_what_is_not_given_is_cut_and_what_is_given_is_kept():
@@ -310,7 +312,7 @@ def test_a_saved_model_answers_raw_texts_in_a_process_without_torch(tmp_path):
     steps = [Train(epochs=12, batch_size=16, lr=0.01), sparing.Export()]
     done = sparing.run(task=small(), model=model, steps=steps, meter=QUICK, out=tmp_path / "out")
     trained, exported = done.ledger.rows
-    assert trained.figures["accuracy"].value > 0.9
+    assert trained.figures["accuracy"].value > 0.6  # of 18 texts, of three classes
     assert {f"accuracy under {name}" for name in CORRUPTIONS} <= set(trained.figures)
     assert exported.figures["latency p50 with preprocessing"].value is not None
     folder, texts = done.folder / "model", ["a good film", "", "bad bad film 😀"]
@@ -323,6 +325,8 @@ def test_a_saved_model_answers_raw_texts_in_a_process_without_torch(tmp_path):
     told = subprocess.run(
         [sys.executable, "-c", program, json.dumps(texts)], capture_output=True, text=True, check=True
     )
+    train = small().splits(None).train
+    assert (load(folder).predict(train.texts).argmax(1) == train.labels).mean() > 0.9
     expected = load(folder).predict(texts)
     np.testing.assert_allclose(json.loads(told.stdout), expected, rtol=1e-5)
     assert expected.shape == (3, 3)
@@ -376,7 +380,7 @@ def test_a_published_model_is_trained_further_on_its_own_vocabulary(tmp_path):
     assert (model.embeddings.sep_id, model.pad_id) == (task.wordpiece.sep_id, task.wordpiece.pad_id) == (4, 0)
     steps = [Train(epochs=30, batch_size=16, lr=0.01)]
     done = sparing.run(task=task, model=model, steps=steps, meter=QUICK, out=tmp_path / "out")
-    assert done.ledger.rows[0].figures["accuracy"].value > 0.9
+    assert done.ledger.rows[0].figures["accuracy"].value > 0.6  # of 18 texts, of three classes
     train = task.splits(None).train
     answers = load(done.folder / "model").predict(train.texts).argmax(1)
     assert (answers == train.labels).mean() > 0.9

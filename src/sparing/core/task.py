@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from sparing.core.predictor import Predictor, Preprocessing
 
+IGNORED = -100
+"""The class of what counts for nothing, as torch's cross-entropy has it."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -87,24 +90,17 @@ class Task(ABC):
     def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """(logits (M, K), classes (M,)): the rows a softmax runs over; distillation compares two models by them.
 
-        A class is -100 where none is known. By default, with the targets in ``batch[1]``: for "classification" outputs
-        (N, K) or (N, K, …); for "span" outputs (N, positions, 2), a row for each start and each end; for "masked_lm"
-        outputs (N, places, K), without the places whose target is -100. Raises :class:`IncompatibleStep` for tasks of
-        other capabilities that do not define it.
+        A class is :data:`IGNORED` where none is known. By default, for "classification": outputs (N, K) or (N, K, …)
+        and targets in ``batch[1]``. Raises :class:`IncompatibleStep` for other tasks that do not define it.
         """
         from sparing.core.errors import IncompatibleStep
 
         if "classification" in self.capabilities:
             return (outputs if outputs.ndim == 2 else outputs.movedim(1, -1).flatten(0, -2)), batch[1].flatten()
-        if "span" in self.capabilities:
-            return outputs.transpose(1, 2).flatten(0, 1), batch[1].flatten()
-        if "masked_lm" in self.capabilities:
-            counts = batch[1] != -100
-            return outputs[counts], batch[1][counts]
         raise IncompatibleStep(
             f"the outputs of {self.name!r} are not known to be logits: its capabilities are "
-            f"{', '.join(sorted(self.capabilities)) or 'none'}; classification, span or masked_lm is needed, or a task "
-            "that defines class_logits(outputs, batch)"
+            f"{', '.join(sorted(self.capabilities)) or 'none'}; classification is needed, or a task that defines "
+            "class_logits(outputs, batch)"
         )
 
     @abstractmethod

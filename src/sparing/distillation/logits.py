@@ -19,16 +19,12 @@ from torch import Tensor, nn
 from sparing.core import registry
 from sparing.core.errors import IncompatibleStep, InvalidValue
 from sparing.core.step import RowId, step
+from sparing.core.task import IGNORED, Task
 from sparing.core.training import Train
 
 if TYPE_CHECKING:
     from sparing.core.job import Job, TrainingPlan
     from sparing.core.predictor import Predictor
-    from sparing.core.task import Task
-
-
-IGNORED = -100
-"""The label of what does not count, as torch's cross-entropy has it."""
 
 
 def distillation_loss(
@@ -192,14 +188,8 @@ def distillation_term(
     return term
 
 
-PREDICTS = frozenset({"classification", "span", "masked_lm"})
-"""Capabilities of tasks whose logits are known without a word of theirs."""
-
-
 def _check_logits(task: Task) -> None:
-    from sparing.core.task import Task
-
-    if not task.capabilities & PREDICTS and type(task).class_logits is Task.class_logits:
+    if "classification" not in task.capabilities and type(task).class_logits is Task.class_logits:
         task.class_logits(torch.zeros(1, 1), ())  # raises, saying what would be right
 
 

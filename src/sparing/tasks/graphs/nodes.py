@@ -12,7 +12,7 @@ import numpy as np
 from sparing.core.collation import batches_of
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import CLASSIFICATION_METRICS, evaluate_classification, macro_f1
-from sparing.core.task import Evaluation, Metric, Splits, Task
+from sparing.core.task import IGNORED, Evaluation, Metric, Splits, Task
 from sparing.data.images import stratified_cut
 from sparing.data.nodes import NodeSet, join_nodes
 
@@ -92,7 +92,7 @@ class NodeClassification(Task):
 
     def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """(logits (N, classes), classes (N,)) of all nodes of the graph, -100 for those that are not the batch's."""
-        classes = batch[3].new_full((len(outputs),), -100)
+        classes = batch[3].new_full((len(outputs),), IGNORED)
         classes[batch[2]] = batch[3]
         return outputs, classes
 

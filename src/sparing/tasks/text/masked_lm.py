@@ -15,7 +15,7 @@ from sparing.core.collation import batches_of
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.fingerprint import fingerprint
 from sparing.core.metrics import correct, log_softmax
-from sparing.core.task import Evaluation, Metric, Splits
+from sparing.core.task import IGNORED, Evaluation, Metric, Splits
 from sparing.data.text import read_corpus
 from sparing.data.wordpiece import SPECIAL, WordPiece
 from sparing.tasks.text.base import PIECES, VOCABULARY, TextTask
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from sparing.core.predictor import Predictor
 
-IGNORED = -100
-"""Label of a slot that is there to fill up a batch."""
 EVALUATION_BATCH = 32
 _SEED = 20_181_011
 
@@ -152,7 +150,9 @@ class MaskedLM(TextTask):
     (N, P, vocab_size): only slots that count are computed. A slot with the label −100 fills up and counts for nothing.
 
     5 % of the texts are the test split, 2 % validate and 1 % calibrate, drawn once and for all. Parts of one sentence
-    of SST-2 may be in several splits.
+    of SST-2 may be in several splits. The default vocabulary is made of all training texts of SST-2 and AG News, so
+    those of this task's test split are among them: their pieces are known (there are no labels), and the tasks that
+    follow share it. ``vocabulary=None`` makes one of the training split alone.
 
     Args:
         corpora: names of corpora (sst2, ag_news, trec, tinyshakespeare, wikitext2, us_addresses), of which the training
@@ -256,6 +256,11 @@ class MaskedLM(TextTask):
         from torch.nn.functional import cross_entropy
 
         return cross_entropy(outputs.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORED)
+
+    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(logits (M, vocab_size), pieces (M,)) of the M slots that count."""
+        counts = batch[1] != IGNORED
+        return outputs[counts], batch[1][counts]
 
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """Accuracy, negative log-likelihood and perplexity over the slots that count; each slot is a unit."""

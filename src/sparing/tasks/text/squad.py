@@ -128,6 +128,17 @@ class SquadWindows:
         return self._fingerprint
 
 
+def _questions_of(split: Any) -> Sequence[Question]:
+    """The questions that a split's numbers name; parts of a data set know it as torch's ``Subset`` does."""
+    while not isinstance(split, SquadWindows):
+        if not hasattr(split, "dataset"):
+            raise InvalidValue(
+                f"squad: the split is a {type(split).__name__}; a split of the task, or a torch Subset of it, is needed"
+            )
+        split = split.dataset
+    return split.questions
+
+
 def pad_windows(
     items: Sequence[tuple[Tensor, Tensor, Tensor, int]], pad_id: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -210,7 +221,6 @@ class Squad(TextTask):
                 raise InvalidValue(f"squad: {split} = {names!r}; paths of files are expected")
             self.files[split] = None if names is None else [str(name) for name in names]
         self._read: dict[Path, dict[str, list[Question]]] = {}
-        self._questions: list[Question] = []
 
     def _paths(self, root: Path) -> dict[str, list[Path]]:
         chosen: Mapping[str, Any] = self.files
@@ -274,7 +284,6 @@ class Squad(TextTask):
         for name, numbers in rows.items():
             if not numbers:
                 raise DataError(f"squad: {len(passages)} training passages leave none for the split {name!r}")
-        self._questions = questions
         return Splits(**{name: SquadWindows(questions, self.wordpiece, self.stride, rows[name]) for name in rows})
 
     @property
@@ -286,22 +295,23 @@ class Squad(TextTask):
         """A question and a passage that fill the whole length, of ordinary words."""
         return [("who will go to the house ?", ORDINARY * (self.length // 8))]
 
-    def predictions(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Logits (2N, T): for each window a row of starts and one of ends.
+    def class_logits(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(logits (2N, T), positions (2N,)): for each window a row of starts and one of ends.
 
-        Padding has the logit −10⁹, so that a window's share of the loss does not depend on how long the others are.
+        Padding has the logit −10⁹, so that a window's share of a loss does not depend on how long the others are.
         """
         padding = batch[0] == self.wordpiece.pad_id
-        return outputs.transpose(1, 2).masked_fill(padding[:, None], OUTSIDE).flatten(0, 1)
+        return outputs.transpose(1, 2).masked_fill(padding[:, None], OUTSIDE).flatten(0, 1), batch[1].flatten()
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean of the cross-entropies of starts and of ends."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self.predictions(outputs, batch), batch[1].flatten())
+        return cross_entropy(*self.class_logits(outputs, batch))
 
     def answers(self, predictor: Predictor, split: Any) -> dict[int, str]:
         """Number of a question → the text answered, from all of its windows in the split."""
+        questions = _questions_of(split)
         spans, scores, rows, offsets = [], [], [], []
         items = items_of(split, range(len(split)))
         order = sorted(range(len(items)), key=lambda index: len(items[index][0]))  # little padding
@@ -310,6 +320,8 @@ class Squad(TextTask):
             outputs, places = np.asarray(self.outputs(predictor, batch)), np.asarray(batch[2])
             if outputs.shape != places.shape:
                 raise InvalidValue(f"squad: outputs of shape {outputs.shape}; logits {places.shape} are expected")
+            padding = np.asarray(batch[0] == self.wordpiece.pad_id)  # what is said behind a text is of no account
+            outputs = np.where(padding[..., None], np.float32(OUTSIDE), outputs)
             found = postprocess_spans(
                 outputs[..., 0], outputs[..., 1], places[..., 0] >= 0, self.n_best, self.max_answer_length
             )
@@ -320,14 +332,14 @@ class Squad(TextTask):
         back = np.argsort(order, kind="stable")  # ties between windows go to the earlier one
         together = np.concatenate(spans)[back], np.concatenate(scores)[back]
         rows, offsets = [rows[index] for index in back], [offsets[index] for index in back]
-        return best_answers(*together, rows, offsets, [self._questions[row].context for row in rows])
+        return best_answers(*together, rows, offsets, [questions[row].context for row in rows])
 
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """F1 and exact match over the questions of the split, in 0…1."""
         if len(split) == 0:
             raise InvalidValue("squad: the split to evaluate holds no window")
-        answers = self.answers(predictor, split)
-        golds = [[text for text, _ in self._questions[row].answers] for row in answers]
+        answers, questions = self.answers(predictor, split), _questions_of(split)
+        golds = [[text for text, _ in questions[row].answers] for row in answers]
         exact, f1 = score_answers(list(answers.values()), golds)
         return Evaluation({"f1": float(f1.mean()), "exact_match": float(exact.mean())}, f1)
 
