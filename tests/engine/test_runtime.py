@@ -156,6 +156,20 @@ def test_kernels_are_chosen_by_time_and_the_times_are_kept(sparse_bert: Any, mon
     assert not below.manifest.timings
 
 
+def test_a_layer_that_fits_no_tiles_leaves_the_others_on_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On AMX one 4×1 layer takes the whole model to vnni: "auto" never makes one, only "sparse" does."""
+    monkeypatch.setattr(compiler._Product, "seconds", lambda self: 1.0 if self.form == "dense" else 0.5)
+    found = compiler.extract(quantised(bert(hidden=136, depth=1, sparsity=0.8)))
+    formats, timings = compiler._choose(found, "amx", "auto", [32])
+    assert formats == {"0.qkv": "tiles", "0.attention_out": "tiles", "0.up": "dense", "0.down": "dense"}
+    assert [(record["layer"], record["path"]) for record in timings] == [("0.qkv", "amx"), ("0.attention_out", "amx")]
+    forced, _ = compiler._choose(found, "amx", "sparse", [32])
+    assert set(forced.values()) == {"4x1"}
+    others, timings = compiler._choose(found, "vnni", "auto", [32])
+    assert set(others.values()) == {"4x1"}
+    assert {record["path"] for record in timings} == {"vnni"}
+
+
 @needs_native
 def test_measuring_times_both_kernels(sparse_bert: Any) -> None:
     engine = compile_encoder(sparse_bert, 2, 32)

@@ -336,9 +336,10 @@ def _choose(
     if engine == "sparse" and not eligible:
         best = max(sparsities.values(), default=0.0)
         raise NoEffect(f"engine='sparse': no layer has {SPARSE_FROM:.0%} zero 4×1 blocks; the most is {best:.1%}")
-    in_tiles = path == "amx" and all(packing.fits_tiles(*found.layers()[name].weight.shape) for name in eligible)
-    sparse: Format = "tiles" if in_tiles else "4x1"
-    path = path if in_tiles or path != "amx" else "vnni"
+    fitting = {name for name in eligible if packing.fits_tiles(*found.layers()[name].weight.shape)}
+    if path == "amx" and engine == "auto":  # a 4×1 layer would take the whole model off this path
+        eligible = fitting
+    sparse: Format = "tiles" if path == "amx" and eligible == fitting else "4x1"
     known: dict[tuple[tuple[int, ...], int], bool] = {}
     for name, linear in found.layers().items():
         if linear.input is None:
