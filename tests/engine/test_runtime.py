@@ -128,6 +128,24 @@ def test_models_that_are_refused() -> None:
         compile_encoder(model, 1, 16)
 
 
+@pytest.mark.parametrize("engine", ["auto", "sparse", "dense", "onnxruntime", "torch"])
+@pytest.mark.parametrize("narrower", [[1], [0, 1]], ids=["one block", "all blocks"])
+def test_cut_heads_are_refused_by_every_engine(engine: Any, narrower: list[int]) -> None:
+    """What shrinking leaves where heads were cut: a head of 64 of two, still answering vectors of 128."""
+    model = quantised(bert())
+    for number in narrower:
+        block = model.blocks[number]
+        block.heads = 1
+        for name in ("query", "key", "value"):
+            setattr(block, name, torch.nn.Linear(128, 64))
+        block.attention_out = torch.nn.Linear(64, 128)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor([[5, 6, 7]]))).all(), "a model as any other to torch"
+    named = rf"blocks\.{narrower[0]}\.query has 64 outputs, dim is 128; the engine needs heads × head size = dim"
+    with pytest.raises(InvalidValue, match=named):
+        compile_encoder(model, 1, 16, engine=engine)
+
+
 @needs_native
 def test_sparse_needs_zeros_and_native_needs_integers() -> None:
     with pytest.raises(NoEffect, match=r"no layer has 70% zero 4×1 blocks; the most is 4\d\.\d%"):

@@ -169,6 +169,13 @@ def extract(model: Bert) -> Extracted:
     heads = blocks[0].heads
     embeddings = model.embeddings
     dim = embeddings.words.embedding_dim
+    for number, block in enumerate(blocks):
+        for name in ATTENTION:
+            found = getattr(getattr(block, name), "out_features", dim)
+            if found != dim:
+                raise InvalidValue(
+                    f"blocks.{number}.{name} has {found} outputs, dim is {dim}; the engine needs heads × head size = dim"
+                )
     if dim // heads % 4:
         raise InvalidValue(f"a head of {dim // heads} features; the engine needs a multiple of 4")
     if {block.heads for block in blocks} != {heads}:
