@@ -12,6 +12,7 @@ import torch
 from engine_models import bert, quantised, texts
 
 from sparing.core.errors import InvalidValue, NoEffect, UnsupportedISA
+from sparing.core.predictor import build_model
 from sparing.engine import compiler, native
 from sparing.engine.compiler import compile_encoder
 from sparing.engine.native import Capability, cpu_capability
@@ -103,6 +104,7 @@ def test_fewer_tokens_cost_less(sparse_bert: Any) -> None:
         ({"max_batch": 0}, "max_batch .* not 0"),
         ({"max_batch": 1 << 16, "max_length": 512}, "65536 sequences of 512 tokens; .* 16777216"),
         ({"max_length": True}, "max_length .* not True"),
+        ({"max_length": 32769}, "max_length must be a whole number in 1…32768, not 32769"),
         ({"max_length": 81}, "max_length = 81; the model has positions for 80"),
         ({"engine": "fast"}, "not 'fast'"),
         ({"tokens": [0]}, "at least 1"),
@@ -122,6 +124,8 @@ def test_models_that_are_refused() -> None:
         compile_encoder(bert(head="masked_lm"), 1, 16)
     with pytest.raises(InvalidValue, match=r"blocks.0.up is 250 × 128; .* multiples of 4"):
         compile_encoder(bert(hidden=250), 1, 16)
+    with pytest.raises(InvalidValue, match=r"a head of 2052 features; .* a multiple of 4, at most 2048"):
+        compile_encoder(build_model("bert", vocab_size=8, dim=2052, heads=1, hidden=4, depth=1), 1, 16)
     model = bert()
     model.blocks[0].up = torch.nn.Identity()
     with pytest.raises(InvalidValue, match=r"blocks\.0\.up is a Identity"):

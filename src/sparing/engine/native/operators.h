@@ -369,7 +369,7 @@ static void quantise(const Op &op, const Run &run) {
 
 // --------------------------------------------------------------------------------------------------------- attention
 
-constexpr int32_t MASKED = 1 << 28;  // more than two scores can lie apart
+constexpr int32_t MASKED = 1 << 28;  // more than two scores can lie apart: 255 · 255 · MAX_HEAD of ../pack.py
 
 // Soft-max weights are 255 · 2^(score − largest), rounded: uint8 without a scale of their own, since
 // context = Σ p·v / Σ p. All sums are integers.
