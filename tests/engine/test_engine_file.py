@@ -161,6 +161,16 @@ def test_damaged_files_are_refused_at_once(content: bytes, damage: str, from_fil
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
 
 
+def test_sizes_that_would_leave_32_bits_are_refused(content: bytes) -> None:
+    """Named before any section is looked at: native code would answer such sizes, and wrongly."""
+    wide = with_manifest(content, lambda m: m["encoder"].update(dim=2052, heads=1))
+    with pytest.raises(CorruptFile, match="a head of 2052 features; at most 2048"):
+        Engine.load(wide)
+    long = with_manifest(content, lambda m: (m.update(max_length=32769), m["encoder"].update(positions=40000)))
+    with pytest.raises(CorruptFile, match="max_length: Input should be less than or equal to 32768"):
+        Engine.load(long)
+
+
 def test_forged_tile_pointers_are_refused(content: bytes) -> None:
     if "tiles" not in Engine.load(content).describe()["layers"].values():
         pytest.skip("this CPU packs no tiles")

@@ -103,6 +103,15 @@ def test_every_length_is_bit_equal(sparse_bert: Any, path: str, length: int) -> 
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_heads_beyond_one_slab_of_sequences(path: str) -> None:
+    """The pooler fills its features up to 16; the classifier reads the second slab where that one wrote it."""
+    if path not in cpu_capability().usable:
+        pytest.skip(f"this CPU does not run {path}")
+    model = quantised(bert(dim=20, heads=1, hidden=40, depth=1, pooler="tanh", num_classes=3, max_length=16))
+    check(compile_encoder(model, 80, 16, engine="dense", isa=path), texts(model, 80, 9))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_masks_with_holes(sparse_bert: Any, path: str) -> None:
     if path not in cpu_capability().usable:
         pytest.skip(f"this CPU does not run {path}")

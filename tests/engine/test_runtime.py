@@ -12,6 +12,7 @@ import torch
 from engine_models import bert, quantised, texts
 
 from sparing.core.errors import InvalidValue, NoEffect, UnsupportedISA
+from sparing.core.predictor import build_model
 from sparing.engine import compiler, native
 from sparing.engine.compiler import compile_encoder
 from sparing.engine.native import Capability, cpu_capability
@@ -103,6 +104,7 @@ def test_fewer_tokens_cost_less(sparse_bert: Any) -> None:
         ({"max_batch": 0}, "max_batch .* not 0"),
         ({"max_batch": 1 << 16, "max_length": 512}, "65536 sequences of 512 tokens; .* 16777216"),
         ({"max_length": True}, "max_length .* not True"),
+        ({"max_length": 32769}, "max_length must be a whole number in 1…32768, not 32769"),
         ({"max_length": 81}, "max_length = 81; the model has positions for 80"),
         ({"engine": "fast"}, "not 'fast'"),
         ({"tokens": [0]}, "at least 1"),
@@ -122,10 +124,30 @@ def test_models_that_are_refused() -> None:
         compile_encoder(bert(head="masked_lm"), 1, 16)
     with pytest.raises(InvalidValue, match=r"blocks.0.up is 250 × 128; .* multiples of 4"):
         compile_encoder(bert(hidden=250), 1, 16)
+    with pytest.raises(InvalidValue, match=r"a head of 2052 features; .* a multiple of 4, at most 2048"):
+        compile_encoder(build_model("bert", vocab_size=8, dim=2052, heads=1, hidden=4, depth=1), 1, 16)
     model = bert()
     model.blocks[0].up = torch.nn.Identity()
     with pytest.raises(InvalidValue, match=r"blocks\.0\.up is a Identity"):
         compile_encoder(model, 1, 16)
+
+
+@pytest.mark.parametrize("engine", ["auto", "sparse", "dense", "onnxruntime", "torch"])
+@pytest.mark.parametrize("narrower", [[1], [0, 1]], ids=["one block", "all blocks"])
+def test_cut_heads_are_refused_by_every_engine(engine: Any, narrower: list[int]) -> None:
+    """What shrinking leaves where heads were cut: a head of 64 of two, still answering vectors of 128."""
+    model = quantised(bert())
+    for number in narrower:
+        block = model.blocks[number]
+        block.heads = 1
+        for name in ("query", "key", "value"):
+            setattr(block, name, torch.nn.Linear(128, 64))
+        block.attention_out = torch.nn.Linear(64, 128)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor([[5, 6, 7]]))).all(), "a model as any other to torch"
+    named = rf"blocks\.{narrower[0]}\.query has 64 outputs, dim is 128; the engine needs heads × head size = dim"
+    with pytest.raises(InvalidValue, match=named):
+        compile_encoder(model, 1, 16, engine=engine)
 
 
 @needs_native
@@ -154,6 +176,20 @@ def test_kernels_are_chosen_by_time_and_the_times_are_kept(sparse_bert: Any, mon
     below = compile_encoder(quantised(bert(sparsity=0.6)), 2, 32)
     assert set(below.describe()["layers"].values()) == {"dense"}
     assert not below.manifest.timings
+
+
+def test_a_layer_that_fits_no_tiles_leaves_the_others_on_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On AMX one 4×1 layer takes the whole model to vnni: "auto" never makes one, only "sparse" does."""
+    monkeypatch.setattr(compiler._Product, "seconds", lambda self: 1.0 if self.form == "dense" else 0.5)
+    found = compiler.extract(quantised(bert(hidden=136, depth=1, sparsity=0.8)))
+    formats, timings = compiler._choose(found, "amx", "auto", [32])
+    assert formats == {"0.qkv": "tiles", "0.attention_out": "tiles", "0.up": "dense", "0.down": "dense"}
+    assert [(record["layer"], record["path"]) for record in timings] == [("0.qkv", "amx"), ("0.attention_out", "amx")]
+    forced, _ = compiler._choose(found, "amx", "sparse", [32])
+    assert set(forced.values()) == {"4x1"}
+    others, timings = compiler._choose(found, "vnni", "auto", [32])
+    assert set(others.values()) == {"4x1"}
+    assert {record["path"] for record in timings} == {"vnni"}
 
 
 @needs_native

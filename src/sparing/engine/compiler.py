@@ -139,9 +139,9 @@ def compile_encoder(
 
 
 def _check_sizes(max_batch: int, max_length: int, engine: str, tokens: Sequence[int] | None) -> None:
-    for name, value in (("max_batch", max_batch), ("max_length", max_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
-            raise InvalidValue(f"{name} must be a whole number in 1…65536, not {value!r}")
+    for name, value, most in (("max_batch", max_batch, 1 << 16), ("max_length", max_length, packs.MAX_LENGTH)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise InvalidValue(f"{name} must be a whole number in 1…{most}, not {value!r}")
     if max_batch * max_length > packs.MAX_TOKENS:
         raise InvalidValue(f"{max_batch} sequences of {max_length} tokens; a batch may hold {packs.MAX_TOKENS} tokens")
     if engine not in ("auto", "sparse", "dense", "onnxruntime", "torch"):
@@ -169,8 +169,18 @@ def extract(model: Bert) -> Extracted:
     heads = blocks[0].heads
     embeddings = model.embeddings
     dim = embeddings.words.embedding_dim
-    if dim // heads % 4:
-        raise InvalidValue(f"a head of {dim // heads} features; the engine needs a multiple of 4")
+    for number, block in enumerate(blocks):
+        for name in ATTENTION:
+            found = getattr(getattr(block, name), "out_features", dim)
+            if found != dim:
+                where = f"blocks.{number}.{name}"
+                raise InvalidValue(
+                    f"{where} has {found} outputs, dim is {dim}; the engine needs heads × head size = dim"
+                )
+    if dim // heads % 4 or dim // heads > packs.MAX_HEAD:
+        raise InvalidValue(
+            f"a head of {dim // heads} features; the engine needs a multiple of 4, at most {packs.MAX_HEAD}"
+        )
     if {block.heads for block in blocks} != {heads}:
         raise InvalidValue("all blocks must have the same number of heads")
     epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
@@ -336,9 +346,10 @@ def _choose(
     if engine == "sparse" and not eligible:
         best = max(sparsities.values(), default=0.0)
         raise NoEffect(f"engine='sparse': no layer has {SPARSE_FROM:.0%} zero 4×1 blocks; the most is {best:.1%}")
-    in_tiles = path == "amx" and all(packing.fits_tiles(*found.layers()[name].weight.shape) for name in eligible)
-    sparse: Format = "tiles" if in_tiles else "4x1"
-    path = path if in_tiles or path != "amx" else "vnni"
+    fitting = {name for name in eligible if packing.fits_tiles(*found.layers()[name].weight.shape)}
+    if path == "amx" and engine == "auto":  # a 4×1 layer would take the whole model off this path
+        eligible = fitting
+    sparse: Format = "tiles" if path == "amx" and eligible == fitting else "4x1"
     known: dict[tuple[tuple[int, ...], int], bool] = {}
     for name, linear in found.layers().items():
         if linear.input is None:

@@ -20,7 +20,8 @@ PATHS = ("portable", "avx2", "vnni", "amx")
 """Instruction paths, slowest first; their places in this list are their numbers in the library."""
 VARIABLE = "SPARING_ENGINE_ISA"
 """Environment variable that names the path to run on, instead of the fastest."""
-VERSION = 1
+VERSION = 2
+"""Of the library, as entry.cpp has it: raised whenever the structures change."""
 SLAB = {"portable": 64, "avx2": 64, "vnni": 64, "amx": 32}
 """Tokens of a slab."""
 
@@ -41,7 +42,7 @@ class Op(ctypes.Structure):
     _fields_ = [
         *((name, I32) for name in ("kind", "format", "epilogue", "layout")),
         *((name, I32) for name in ("rows", "columns", "heads", "part")),
-        *((name, I32) for name in ("out_rows", "out_row", "chunk", "unused")),
+        *((name, I32) for name in ("out_rows", "out_row", "chunk", "in_rows")),
         ("constant", F32),
         ("factor", F32),
         ("grid", Grid * 3),

@@ -35,6 +35,10 @@ MAX_SECTIONS = 1 << 16
 MAX_MANIFEST = 4 << 20
 MAX_TOKENS = 1 << 24
 """Tokens that a batch may hold."""
+MAX_LENGTH = 1 << 15
+"""Tokens of a sequence: Σ p·v of attention, up to 255 · 255 for each, fits into 32 bits up to 33,025 of them."""
+MAX_HEAD = 1 << 11
+"""Features of a head: two scores, up to 255 · 255 for each apart, stay closer than a masked key is put behind."""
 
 Count = Annotated[int, Field(ge=1, le=1 << 24)]
 Format = Literal["float", "dense", "4x1", "tiles"]
@@ -88,7 +92,7 @@ class Manifest(_Strict):
 
     kind: Literal["native", "onnx"]
     max_batch: int = Field(ge=1, le=1 << 16)
-    max_length: Count
+    max_length: int = Field(ge=1, le=MAX_LENGTH)
     encoder: Encoder
     timings: tuple[dict[str, Any], ...] = ()
     """What each choice between kernels was made by."""
@@ -296,6 +300,8 @@ def check(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
     about = manifest.encoder
     if about.dim % about.heads or about.dim // about.heads % 4 or manifest.max_length > about.positions:
         raise ValueError(f"dim {about.dim}, heads {about.heads}, length {manifest.max_length} do not fit together")
+    if about.dim // about.heads > MAX_HEAD:
+        raise ValueError(f"a head of {about.dim // about.heads} features; at most {MAX_HEAD} are possible")
     if manifest.max_batch * manifest.max_length > MAX_TOKENS:
         raise ValueError(f"{manifest.max_batch} sequences of {manifest.max_length} tokens are more than {MAX_TOKENS}")
     if about.position_offset + manifest.max_length > about.positions:

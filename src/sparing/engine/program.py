@@ -245,14 +245,15 @@ class _Builder:
             if about.head == "classifier":
                 if about.pooler != "none":
                     activation = {"tanh": TANH, "relu": RELU}[about.pooler]
-                    pooled, _ = self.head("head.pooler", pooled, activation, dim)
-                pooled, rows = self.head("head.classifier", pooled, PLAIN, about.outputs)
+                    pooled, rows = self.head("head.pooler", pooled, rows, activation, dim)
+                pooled, rows = self.head("head.classifier", pooled, rows, PLAIN, about.outputs)
             self.add("output", OUT_COLUMNS, rows=rows).buffers = {"input": pooled}
 
-    def head(self, name: str, source: str, epilogue: int, outputs: int) -> tuple[str, int]:
-        """A layer on one column for each sequence: (its buffer, its features)."""
+    def head(self, name: str, source: str, in_rows: int, epilogue: int, outputs: int) -> tuple[str, int]:
+        """A layer on one column for each sequence, out of a buffer of ``in_rows``: (its buffer, its features)."""
         rows = -(-outputs // GROUP) * GROUP
         step = self.add(name, GEMM, format=COLUMNS, epilogue=epilogue, rows=rows, columns=self.about.dim)
+        step.fields["in_rows"] = in_rows
         step.arrays = {"weight": f"{name}.weight", "bias": f"{name}.bias"}
         step.buffers = {"input": source, "output": self.buffer(name, rows * self.columns * 4)}
         return name, rows

@@ -18,7 +18,7 @@ struct Op {
   int32_t kind, format, epilogue, layout;  // layout: of the uint8 that is written
   int32_t rows, columns, heads, part;      // part: first of query, key, value that the rows of a QKV product make
   int32_t out_rows, out_row;               // features of the float buffer that is written, and the first of ours
-  int32_t chunk, unused;                   // slabs that a product takes at a time
+  int32_t chunk, in_rows;                  // slabs that a product takes at a time; COLUMNS: features of the buffer read
   float constant, factor;                  // NORM: eps · ATTEND: scores' scale in powers of two, value scale
   Grid grid[3];
   const void *input, *weight, *index, *pointer;

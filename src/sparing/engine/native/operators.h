@@ -205,7 +205,7 @@ template <int EPILOGUE> static void sparse_tile(const Op &op, int64_t slab, int6
 
 // A layer on one column for each sequence: lanes are outputs, weights [input][output].
 template <int EPILOGUE, int V> INLINE void columns_tile(const Op &op, int64_t b, int64_t row) {
-  const float *column = static_cast<const float *>(op.input) + b / SLAB * op.columns * SLAB + b % SLAB;
+  const float *column = static_cast<const float *>(op.input) + b / SLAB * op.in_rows * SLAB + b % SLAB;
   const float *w = static_cast<const float *>(op.weight) + row;
   F sums[4][V];
   for (int i = 0; i < 4; ++i)
@@ -369,7 +369,7 @@ static void quantise(const Op &op, const Run &run) {
 
 // --------------------------------------------------------------------------------------------------------- attention
 
-constexpr int32_t MASKED = 1 << 28;  // more than two scores can lie apart
+constexpr int32_t MASKED = 1 << 28;  // more than two scores can lie apart: 255 · 255 · MAX_HEAD of ../pack.py
 
 // Soft-max weights are 255 · 2^(score − largest), rounded: uint8 without a scale of their own, since
 // context = Σ p·v / Σ p. All sums are integers.
