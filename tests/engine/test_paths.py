@@ -12,7 +12,7 @@ import torch
 from engine_models import bert, quantised, texts
 
 from sparing.core.errors import InvalidValue, UnsupportedISA
-from sparing.engine import native, packing, reference
+from sparing.engine import native, packing, program, reference
 from sparing.engine.compiler import compile_encoder
 from sparing.engine.native import PATHS, Capability, cpu_capability
 from sparing.engine.runtime import Engine, NativeEngine
@@ -111,6 +111,57 @@ def test_heads_beyond_one_slab_of_sequences(path: str) -> None:
     check(compile_encoder(model, 80, 16, engine="dense", isa=path), texts(model, 80, 9))
 
 
+@pytest.mark.parametrize("kind", ["dense", "onnxruntime"])
+def test_outputs_stay_on_their_grids_where_a_neighbour_is_in_float(kind: Any) -> None:
+    """As the torch module answers that was scored: with coarse grids, the roundings are most of what it does."""
+    model = quantised(bert(), keep_float=("0.query", "1.key"))
+    layers = [getattr(block, name) for block in model.blocks for name in ("query", "key", "value")]
+    coarse = [layer for layer in layers if getattr(layer, "output_scale", None) is not None]
+    assert len(coarse) == 4
+    for layer in coarse:
+        layer.output_scale.mul_(24)
+        layer.output_zero.fill_(128)
+    ids = texts(model, 5, 67)
+    answer = compile_encoder(model, 3, 70, engine=kind).run(ids)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(ids)).numpy()
+        for layer in coarse:
+            layer.output_scale = None
+        without = model(torch.from_numpy(ids)).numpy()
+    assert np.abs(answer - wanted).max() < 0.25 * np.abs(without - wanted).max()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_more_keys_than_256(path: str) -> None:
+    """Attention then takes 16 queries at a time, not 32."""
+    if path not in cpu_capability().usable:
+        pytest.skip(f"this CPU does not run {path}")
+    model = quantised(bert(max_length=300, depth=1, dim=64, hidden=64))
+    check(compile_encoder(model, 2, 300, engine="dense", isa=path), texts(model, 2, 300))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+@pytest.mark.parametrize("path", PATHS)
+def test_products_in_several_chunks(sparse_bert: Any, path: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path not in cpu_capability().usable:
+        pytest.skip(f"this CPU does not run {path}")
+    whole = compile_encoder(sparse_bert, 5, 80, engine=kind, isa=path)
+    monkeypatch.setattr(program, "CHUNK_BYTES", 2 * 128 * native.SLAB[path])
+    chunked = compile_encoder(sparse_bert, 5, 80, engine=kind, isa=path)
+    assert isinstance(whole, NativeEngine)
+    assert isinstance(chunked, NativeEngine)
+    chunks = [
+        {step.name: step.fields["chunk"] for step in engine.program.steps if step.name in ("0.up", "0.down")}
+        for engine in (whole, chunked)
+    ]
+    assert chunks[1] == {"0.up": 2, "0.down": 1}
+    assert min(chunks[0].values()) * native.SLAB[path] > 400, "all tokens in one chunk, unless made small"
+    ids = texts(sparse_bert, 5, 80)
+    ids[0] = 5  # full length: more than 2 slabs
+    assert np.array_equal(whole.run(ids), chunked.run(ids))
+    check(chunked, ids)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_masks_with_holes(sparse_bert: Any, path: str) -> None:
     if path not in cpu_capability().usable:
@@ -180,6 +231,19 @@ def test_a_path_this_cpu_lacks_is_refused(sparse_bert: Any, monkeypatch: pytest.
         native.choose_path("vnni")
     assert native.choose_path() == "avx2"
     assert ("engine paths not on this CPU", "vnni, amx") in native.doctor_lines()
+    assert native.doctor_lines()[0] == ("engine", "compiled, runs on avx2")
+
+
+def test_the_doctor_names_the_path_that_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cpu_capability", lambda: Capability(True, "", "a CPU", PATHS, PATHS[:3]))
+    monkeypatch.setenv(native.VARIABLE, "portable")
+    lines = native.doctor_lines()
+    assert lines[0] == ("engine", "compiled, runs on portable")
+    assert (native.VARIABLE, "portable") in lines
+    monkeypatch.setenv(native.VARIABLE, "amx")
+    assert "compiled, but will not run: the path 'amx' cannot run" in native.doctor_lines()[0][1]
+    monkeypatch.setenv(native.VARIABLE, "sse9")
+    assert "will not run: SPARING_ENGINE_ISA must be one of portable" in native.doctor_lines()[0][1]
 
 
 def test_the_library_refuses_a_path_by_itself() -> None:

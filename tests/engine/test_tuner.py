@@ -10,7 +10,7 @@ import pytest
 from sparing.core.errors import InvalidValue, NoEffect
 from sparing.engine import tuner
 from sparing.engine.compiler import compile_encoder
-from sparing.engine.tuner import Row, choose_production, tune_production, warm_up
+from sparing.engine.tuner import Row, choose_production, default_instances, tune_production, warm_up
 
 
 def test_the_most_throughput_within_the_limit_and_of_equals_the_first() -> None:
@@ -31,6 +31,16 @@ def test_warm_up_is_a_tenth_and_three_at_least() -> None:
     assert [warm_up(iterations) for iterations in (1, 29, 30, 40, 1000)] == [3, 3, 3, 4, 100]
 
 
+def test_instances_go_up_to_all_cores() -> None:
+    assert [default_instances(cores) for cores in (1, 2, 3, 6, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 4, 6],
+        [1, 2, 4, 8],
+    ]
+
+
 def test_every_combination_is_measured_on_disjoint_cores(sparse_bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[tuple[int, ...]] = []
     real = os.sched_setaffinity
@@ -47,6 +57,8 @@ def test_every_combination_is_measured_on_disjoint_cores(sparse_bert: Any, monke
     assert [(row.batch, row.instances) for row in found.table] == [(b, i) for b in (1, 4) for i in counts]
     assert found.best == max(found.table, key=lambda row: row.throughput)
     assert all(0 < row.p50_ms <= row.p99_ms for row in found.table)
+    assert all(len(cores) == 1 for cores in pinned), "a call is one thread's work"
+    assert all(row.cores == len(here) // row.instances for row in found.table)
     if len(counts) == 2:
         assert not set(pinned[1]) & set(pinned[2]), pinned
     assert os.sched_getaffinity(0) == here, "the caller's thread stays free"

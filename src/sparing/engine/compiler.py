@@ -151,9 +151,19 @@ def _check_sizes(max_batch: int, max_length: int, engine: str, tokens: Sequence[
 
 
 def _bert(model: Any) -> Bert:
+    from torch import nn
+
+    from sparing.engine.linear import Int8Linear
     from sparing.models.bert import Bert, from_transformers
 
-    return model if isinstance(model, Bert) else from_transformers(model)
+    if isinstance(model, Bert):
+        return model
+    if isinstance(model, nn.Module) and any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise InvalidValue(
+            f"a {type(model).__name__} with Int8Linear layers: take the model over with from_transformers first, then "
+            "quantize_ptq"
+        )
+    return from_transformers(model)
 
 
 # --------------------------------------------------------------------------------------------------------- extraction
@@ -274,9 +284,6 @@ def _merged(layers: dict[str, Linear]) -> dict[str, Linear]:
     """Query, key and value as one layer, where they read the same integers and write the same kind of output."""
     parts = [layers[name] for name in ATTENTION]
     if len({part.input for part in parts}) > 1 or len({bool(part.outputs) for part in parts}) > 1:
-        if len({bool(part.outputs) for part in parts}) > 1:
-            for part in parts:  # attention is in integers for all three, or for none
-                part.outputs = ()
         return layers
     together = Linear(
         np.concatenate([part.weight for part in parts]),

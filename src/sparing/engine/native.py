@@ -20,8 +20,8 @@ PATHS = ("portable", "avx2", "vnni", "amx")
 """Instruction paths, slowest first; their places in this list are their numbers in the library."""
 VARIABLE = "SPARING_ENGINE_ISA"
 """Environment variable that names the path to run on, instead of the fastest."""
-VERSION = 2
-"""Of the library, as entry.cpp has it: raised whenever the structures change."""
+VERSION = 3
+"""Of the library, as entry.cpp has it: raised whenever structures or operators change."""
 SLAB = {"portable": 64, "avx2": 64, "vnni": 64, "amx": 32}
 """Tokens of a slab."""
 
@@ -149,7 +149,11 @@ def doctor_lines() -> list[tuple[str, str]]:
     if not able.compiled:
         return [("engine", f"ONNX Runtime serves: {able.reason}")]
     forced = os.environ.get(VARIABLE)
-    lines = [("engine", f"compiled, runs on {able.best}"), ("engine paths", ", ".join(able.usable))]
+    try:
+        finding = f"compiled, runs on {choose_path()}"
+    except SparingError as error:  # of the variable
+        finding = f"compiled, but will not run: {error}"
+    lines = [("engine", finding), ("engine paths", ", ".join(able.usable))]
     missing = [path for path in able.built if path not in able.usable]
     if missing:
         lines.append(("engine paths not on this CPU", ", ".join(missing)))

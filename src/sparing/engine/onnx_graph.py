@@ -109,12 +109,11 @@ def _block(g: _Graph, found: Extracted, number: int, block: dict[str, Linear], x
     size = found.about["dim"] // heads
     if "qkv" in block:
         parts = g.add("Split", g.linear(x, block["qkv"], f"{number}.qkv"), axis=-1, num_outputs=3, outputs=3)
-        grids = block["qkv"].outputs
+        grids: list[GridOf | None] = [*block["qkv"].outputs] or [None] * 3
     else:
         parts = [g.linear(x, block[name], f"{number}.{name}") for name in ATTENTION]
-        grids = tuple(grid for name in ATTENTION for grid in block[name].outputs)
-    if grids:
-        parts = [g.rounded(part, grid) for part, grid in zip(parts, grids, strict=True)]
+        grids = [next(iter(block[name].outputs), None) for name in ATTENTION]
+    parts = [part if grid is None else g.rounded(part, grid) for part, grid in zip(parts, grids, strict=True)]
     shape = g.ints(0, 0, heads, size)
     q, k, v = (
         g.add("Transpose", g.add("Reshape", part, shape), perm=perm)

@@ -64,7 +64,10 @@ class Layer(_Strict):
     format: Format
     input: GridOf | None = None
     outputs: tuple[GridOf, ...] = ()
-    """Grids that query, key and value are rounded to, in this order; none for float outputs."""
+    """Grids that query, key and value are rounded to, in this order; none for float outputs.
+
+    Attention is in integers when all three have one, else in floats, of those that have one rounded to it.
+    """
 
 
 class Encoder(_Strict):
@@ -357,5 +360,3 @@ def _check_block(where: str, dim: int, block: Mapping[str, Layer]) -> None:
         grids = 3 if name == "qkv" else 1 if name in attention else 0
         if len(layer.outputs) not in (0, grids) or (layer.outputs and layer.format == "float"):
             raise ValueError(f"{where}: {name} has {len(layer.outputs)} output grids")
-    if len({bool(block[name].outputs) for name in attention}) > 1:
-        raise ValueError(f"{where}: some of query, key and value have output grids, and some none")

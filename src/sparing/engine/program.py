@@ -17,7 +17,7 @@ from sparing.engine.pack import GridOf, Layer, Manifest, Pack
 
 EMBED, NORM, QUANTISE, GEMM, ATTEND_INT, ATTEND_FLOAT, FIRST, MEAN, OUT_TOKENS, OUT_COLUMNS = range(10)
 FLOAT32, DENSE, SPARSE_4X1, TILES, COLUMNS = range(5)
-PLAIN, RESIDUAL, GELU, GELU_U8, QKV, TANH, RELU = range(7)
+PLAIN, RESIDUAL, GELU, GELU_U8, QKV, TANH, RELU, ROUNDED = range(8)
 NONE, FEATURES, QUADS = range(3)
 GROUP = 16
 """Tokens of a vector; a sequence takes whole ones."""
@@ -185,6 +185,10 @@ class _Builder:
                 step = self.product(
                     f"{number}.{name}", layer, sources[name], PLAIN, out_rows=3 * dim, out_row=place * dim
                 )
+                if layer.outputs:  # its neighbours are in float, and so attention is
+                    (grid,) = layer.outputs
+                    step.fields |= {"epilogue": ROUNDED, "factor": grid.scale}
+                    step.grids = {0: grid}
                 step.buffers["output"] = self.buffer(f"{at}.qkv", 3 * dim * self.tokens * 4)
         out = layers["attention_out"]
         if in_integers:

@@ -173,12 +173,19 @@ def _product(pack: Pack, name: str, layer: Layer, x: np.ndarray) -> np.ndarray:
     return int8_product(integers, pack.weight(name), shift, scale, part["bias"])
 
 
+def _on_grid(x: np.ndarray, grids: Sequence[GridOf]) -> np.ndarray:
+    """Floats rounded to the grid, if there is one, and floats again."""
+    return rounded(x, grids[0]).astype(F32) * F32(grids[0].scale) if grids else x
+
+
 def _attention(pack: Pack, number: int, layers: Mapping[str, Layer], x: np.ndarray, keep: np.ndarray) -> np.ndarray:
     about = pack.manifest.encoder
     names = [name for name in ("qkv", "query", "key", "value") if name in layers]
-    rows = np.concatenate([_product(pack, f"{number}.{name}", layers[name], x) for name in names])
-    grids = [grid for name in names for grid in layers[name].outputs]
-    parts = np.split(rows, 3)
+    rows = [_product(pack, f"{number}.{name}", layers[name], x) for name in names]
+    grids = [grid for name in names for grid in layers[name].outputs] if all(layers[n].outputs for n in names) else []
+    if not grids:
+        rows = [_on_grid(part, layers[name].outputs) for name, part in zip(names, rows, strict=True)]
+    parts = np.split(np.concatenate(rows), 3)
     if grids:
         parts = [rounded(part, grid) for part, grid in zip(parts, grids, strict=True)]
     heads = []

@@ -1,7 +1,7 @@
 """The most sequences a second within a latency limit: batch size × instances (fast_distilbert sheet, section 7).
 
-Instances are threads pinned to disjoint cores, each with a workspace of its own over the one set of weights; native
-code runs outside the interpreter's lock.
+Instances are threads, each pinned to a core that no other has, with a workspace of its own over the one set of weights;
+native code runs outside the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Row:
     p99_ms: float
     """The percentile that the limit is for, whatever it was chosen to be."""
     cores: int = 1
-    """Cores that each instance was pinned to."""
+    """Cores that are each instance's share of the machine. It runs on the first: a call is one thread's work."""
 
     @property
     def throughput(self) -> float:
@@ -85,7 +85,8 @@ def tune_production(
         max_latency_ms: limit for the ``percentile`` of a batch's latency.
         percentile: between 50 and 100.
         batches: default 1, 2, 4, 8 as far as the engine takes them.
-        instances: default 1, 2, 4 … as far as there are cores; each gets an equal share of them.
+        instances: default 1, 2, 4 … as far as there are cores, and as many as there are. The cores are shared out
+            equally, and each instance, which is one thread, is pinned to one core of its share.
         length: tokens of each sequence; default: the engine's longest.
         iterations: timed batches of each instance, after a tenth of that (at least 3) to warm up.
 
@@ -95,11 +96,7 @@ def tune_production(
     """
     cores = sorted(usable_cores())
     batches = list(batches) if batches is not None else [size for size in BATCHES if size <= engine.max_batch]
-    instances = (
-        list(instances)
-        if instances is not None
-        else [1 << n for n in range(len(cores).bit_length()) if 1 << n <= len(cores)]
-    )
+    instances = list(instances) if instances is not None else default_instances(len(cores))
     if not batches or min(batches) < 1 or max(batches) > engine.max_batch:
         raise InvalidValue(f"batches must be in 1…{engine.max_batch}, not {batches}")
     if not instances or min(instances) < 1 or max(instances) > len(cores):
@@ -122,6 +119,11 @@ def tune_production(
     return Production(best, table, max_latency_ms, percentile)
 
 
+def default_instances(cores: int) -> list[int]:
+    """Powers of two up to ``cores``, and ``cores`` itself."""
+    return sorted({1 << n for n in range(cores.bit_length())} | {cores})
+
+
 def warm_up(iterations: int) -> int:
     """Batches before the timed ones."""
     return max(3, iterations // 10)
@@ -139,7 +141,7 @@ def _measured(
     def serve(index: int) -> None:
         try:
             if hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, cores[index * share : (index + 1) * share])  # of this thread
+                os.sched_setaffinity(0, [cores[index * share]])  # of this thread
             for _ in range(warm_up(iterations)):
                 workers[index].run(ids)
             together.wait()

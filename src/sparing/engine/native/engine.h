@@ -5,7 +5,7 @@
 
 enum Kind : int32_t { EMBED = 0, NORM, QUANTISE, GEMM, ATTEND_INT, ATTEND_FLOAT, FIRST, MEAN, OUT_TOKENS, OUT_COLUMNS };
 enum Format : int32_t { FLOAT32 = 0, DENSE, SPARSE_4X1, TILES, COLUMNS };
-enum Epilogue : int32_t { PLAIN = 0, RESIDUAL, GELU, GELU_U8, QKV, TANH, RELU };
+enum Epilogue : int32_t { PLAIN = 0, RESIDUAL, GELU, GELU_U8, QKV, TANH, RELU, ROUNDED };
 enum Layout : int32_t { NONE = 0, FEATURES, QUADS };  // uint8 [slab][feature][token] or [slab][feature / 4][token][4]
 
 // uint8 = round(clamp(value · inverse, low, high)) + zero, with low = −zero and high = 255 − zero
@@ -19,7 +19,8 @@ struct Op {
   int32_t rows, columns, heads, part;      // part: first of query, key, value that the rows of a QKV product make
   int32_t out_rows, out_row;               // features of the float buffer that is written, and the first of ours
   int32_t chunk, in_rows;                  // slabs that a product takes at a time; COLUMNS: features of the buffer read
-  float constant, factor;                  // NORM: eps · ATTEND: scores' scale in powers of two, value scale
+  float constant, factor;                  // NORM: eps · ATTEND: scores' scale in powers of two, value scale ·
+                                           // ROUNDED: the grid's scale
   Grid grid[3];
   const void *input, *weight, *index, *pointer;
   const int32_t *compensation;

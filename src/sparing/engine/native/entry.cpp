@@ -79,7 +79,7 @@ uint32_t usable() {
 
 }  // namespace
 
-PUBLIC int32_t sparing_version() { return 2; }
+PUBLIC int32_t sparing_version() { return 3; }
 PUBLIC uint32_t sparing_built() { return built(); }
 PUBLIC uint32_t sparing_usable() { return usable(); }
 PUBLIC int64_t sparing_size_of(int32_t what) { return what == 0 ? sizeof(Op) : sizeof(Run); }

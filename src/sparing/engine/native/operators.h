@@ -108,6 +108,7 @@ template <int EPILOGUE> INLINE void store_product(const Op &op, int64_t row, int
     float *p = static_cast<float *>(op.output) + (slab * op.out_rows + op.out_row + row) * SLAB + t;
     for (int i = 0; i < 4; ++i) {
       if constexpr (EPILOGUE == RESIDUAL) v[i] = add(v[i], loadf(p + i * SLAB));
+      if constexpr (EPILOGUE == ROUNDED) v[i] = mul(to_float(round_to(v[i], op.grid[0])), setf(op.factor));
       storef(p + i * SLAB, v[i]);
     }
   }
@@ -292,6 +293,7 @@ static void product(const Op &op, const Run &run) {
     case GELU: return gemm<GELU>(op, run);
     case GELU_U8: return gemm<GELU_U8>(op, run);
     case QKV: return gemm<QKV>(op, run);
+    case ROUNDED: return gemm<ROUNDED>(op, run);
   }
 }
 
