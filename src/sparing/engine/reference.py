@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int8, Int32, UInt8
+from jaxtyping import Float, Float32, Int8, Int32, Integer, UInt8
 
 from sparing.engine import gelu_table
 from sparing.engine.pack import GridOf, Layer, Pack
@@ -79,7 +79,7 @@ def int8_product(
     return sums.astype(F32) * scale[:, None] + bias[:, None]
 
 
-def integer_sums(a: Int[np.ndarray, "m k"], b: Int[np.ndarray, "k n"]) -> Int32[np.ndarray, "m n"]:
+def integer_sums(a: Integer[np.ndarray, "m k"], b: Integer[np.ndarray, "k n"]) -> Int32[np.ndarray, "m n"]:
     """a·b in int32; float64 holds every sum exactly."""
     return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int32)
 
