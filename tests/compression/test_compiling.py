@@ -134,14 +134,23 @@ def test_the_engine_itself_is_scored_and_attention_goes_to_float_where_it_loses(
     assert not any(layer.outputs for layer in predictor.engine.encoder.blocks[0].values())
 
 
-def test_planning_refuses_a_task_of_masked_words_and_pruning_that_the_engine_cannot_use() -> None:
+def test_planning_refuses_a_task_of_masked_words() -> None:
     bert = PartRef("bert", {"dim": 16, "depth": 1, "heads": 2})
     steps = (sparing.Train(id="a"), sparing.Compile())
     with pytest.raises(RecipeError, match="no head that predicts masked words, which 'masked_lm' asks for"):
         plan(Recipe(PartRef("masked_lm"), steps, model=bert))
-    pruned = (sparing.BlockPrune(block=(1, 4)), sparing.Train(id="a"), sparing.Compile())
-    with pytest.raises(RecipeError, match="'block_prune' promises sparsity of 1×4 blocks, which no later step"):
-        plan(Recipe(PartRef("masked_lm"), pruned, model=bert))
+
+
+def test_zeros_that_the_engine_cannot_leave_out_are_refused_with_both_shares() -> None:
+    task = Reviews()
+    data = task.splits(None)
+    model = task.default_model()
+    sparing.BlockMagnitudePruner(model, block=(1, 1), sparsity=0.8).prune(0.8)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and torch.nn.utils.parametrize.is_parametrized(module):
+            torch.nn.utils.parametrize.remove_parametrizations(module, "weight")
+    with pytest.raises(NoEffect, match=r"80% of the weights .* but only \d+% of their blocks of 4 outputs × 1 input"):
+        compile_model(model, task, data.calibration, data.val)
 
 
 def test_a_folder_with_another_file_or_a_damaged_pack_is_refused(ran: Run, tmp_path: Path) -> None:

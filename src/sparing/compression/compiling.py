@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sparing.core.errors import IncompatibleStep
+from sparing.compression.pruning import sparsity_of
+from sparing.core.errors import IncompatibleStep, NoEffect
 from sparing.core.predictor import ModulePredictor, Predictor
 from sparing.core.step import Stage, Step, step
 from sparing.core.store import JSON, PREDICTOR, All
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sparing.core.task import Task
     from sparing.engine.arithmetic import RangeMethod
     from sparing.engine.predictor import EnginePredictor
+    from sparing.models.bert import Bert
 
 
 def compile_model(
@@ -54,6 +56,7 @@ def compile_model(
 
     Raises:
         IncompatibleStep: the model is no :class:`~sparing.models.bert.Bert`.
+        NoEffect: the model was pruned, but not in blocks that the engine can leave out.
     """
     from sparing.compression.ptq import calibration_inputs, quantize_ptq
     from sparing.engine.compiler import compile_encoder
@@ -65,6 +68,7 @@ def compile_model(
             f"the engine runs text encoders (the model bert, or one taken over with from_transformers), not a "
             f"{type(model).__name__}; export it to ONNX and quantise that"
         )
+    _check_zeros(model)
     headline, source = task.headline, ModulePredictor(model, task)
     inputs = calibration_inputs(task, model, calibration, samples)
 
@@ -93,6 +97,23 @@ def compile_model(
     if loss > tolerance * abs(report.score_float):  # what the engine rounds besides: weights of attention
         return made(integer_attention=False)
     return predictor, report
+
+
+def _check_zeros(model: Bert) -> None:
+    """Refuse a pruned model whose zeros the engine could not leave out."""
+    from sparing.engine.compiler import SPARSE_FROM
+
+    layers = [name for name, _ in model.named_modules() if name.startswith("blocks.")]
+    zeros, blocks = (sparsity_of(model, block, layers) for block in ((1, 1), (4, 1)))
+    shares = [
+        sum(layer.pruned for layer in found.layers) / sum(layer.blocks for layer in found.layers)
+        for found in (zeros, blocks)
+    ]
+    if shares[0] >= SPARSE_FROM > shares[1]:
+        raise NoEffect(
+            f"{shares[0]:.0%} of the weights of the encoder are zero, but only {shares[1]:.0%} of their blocks of "
+            "4 outputs × 1 input, and the engine leaves out only whole ones: prune with block: [4, 1]"
+        )
 
 
 @step("compile")

@@ -547,6 +547,8 @@ class BlockPrune(Step):
 
     stage: ClassVar[Stage] = Stage.TRAINING
     needs: ClassVar[frozenset[str]] = frozenset({"module"})
+    promises: ClassVar[frozenset[str]] = frozenset({"training", "sparsity"})
+    fragile: ClassVar[frozenset[str]] = frozenset({"sparsity"})
     source: ClassVar[str] = (
         "Zafrir et al. 2021, Prune Once for All, arXiv:2111.05754; blocks of Shen et al. 2022, Fast DistilBERT on "
         "CPUs, arXiv:2211.07715; schedule of Zhu and Gupta 2017, arXiv:1710.01878, eq. 1"
@@ -588,17 +590,6 @@ class BlockPrune(Step):
             raise InvalidValue(
                 f"{self.id}: initial = {self.initial:g}, sparsity = {self.sparsity:g}; initial ≤ sparsity is expected"
             )
-
-    @property
-    def promises(self) -> frozenset[str]:  # type: ignore[override]  # the engine skips blocks of 4 outputs only
-        """A training, and zeros that a later step makes real; nothing here does that for blocks of other heights."""
-        rows, columns = self.block
-        return frozenset({"training", "sparsity" if rows % 4 == 0 else f"sparsity of {rows}×{columns} blocks"})
-
-    @property
-    def fragile(self) -> frozenset[str]:  # type: ignore[override]
-        """The zeros."""
-        return self.promises - {"training"}
 
     @property
     def slots(self) -> frozenset[str]:  # type: ignore[override]  # the schedule only with ``rewind``
