@@ -28,12 +28,16 @@ NOT_BY_NAME = {
 """Classes that no recipe and no folder can name, and why."""
 
 
+NO_MODULES = ("__main__", "._native")
+"""Ends of names: what runs when it is imported, and the engine's library, which is none of Python's."""
+
+
 def defined() -> dict[str, list[type]]:
     """Every class of a kind that sparing's modules define."""
     found: dict[str, list[type]] = {kind: [] for kind in PARTS}
     bases = {"steps": Step, "tasks": Task, "predictors": Predictor, "operations": Operation}
     for module in pkgutil.walk_packages(sparing.__path__, "sparing."):
-        if module.name.startswith("sparing.testing") or module.name.endswith("__main__"):
+        if module.name.startswith("sparing.testing") or module.name.endswith(NO_MODULES):
             continue
         for thing in vars(importlib.import_module(module.name)).values():
             if not inspect.isclass(thing) or thing.__module__ != module.name or thing.__name__ in NOT_BY_NAME:
@@ -64,7 +68,7 @@ def test_what_is_excused_exists():
     names = {
         name
         for module in pkgutil.walk_packages(sparing.__path__, "sparing.")
-        if not module.name.endswith("__main__")
+        if not module.name.endswith(NO_MODULES)
         for name, thing in vars(importlib.import_module(module.name)).items()
         if inspect.isclass(thing)
     }
