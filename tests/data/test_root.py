@@ -160,6 +160,7 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
         ("sst2", False),
         ("ag_news", False),
         ("trec", False),
+        ("squad", False),
     ]
     found = catalogue.check("cifar10", tmp_path)
     assert not found.ok
