@@ -12,11 +12,14 @@ from unittest import mock
 with mock.patch("random.getrandbits", random.Random(0).getrandbits):
     from beartype import BeartypeConf, beartype
 
-SHAPED = re.compile(r"\b(Float|Int|Integer|Bool|Complex|Num|Shaped)\[")
+SHAPED = re.compile(r"\b(Float|U?Int\d*|Integer|Bool|Complex|Num|Shaped)\[")
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as it is for mypy
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` checked where it names shapes; other annotations are mypy's affair, and bad input is the tests'."""
-    annotations = getattr(function, "__annotations__", {}).values()
-    return check(function) if any(SHAPED.search(str(annotation)) for annotation in annotations) else function
+    shaped = {name: hint for name, hint in getattr(function, "__annotations__", {}).items() if SHAPED.search(str(hint))}
+    if not shaped:
+        return function
+    function.__annotations__ = shaped
+    return check(function)
