@@ -14,7 +14,7 @@ from sparing.core.errors import InvalidValue, NoEffect
 from sparing.engine import native, packing
 from sparing.engine import pack as packs
 from sparing.engine.native import choose_path, cpu_capability
-from sparing.engine.pack import Encoder, Format, GridOf, Layer, Manifest
+from sparing.engine.pack import ATTENTION, Encoder, Format, GridOf, Layer, Manifest
 from sparing.engine.runtime import Engine, NativeEngine, OnnxEngine, TorchEngine, path_for
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ MARGIN = 0.05
 """A sparse kernel must be faster by this share; less is a tie, and goes to the dense one."""
 COLD_BYTES = 6 << 20
 """Kernels are timed on copies of a layer's weights that are this large together: more than a level-2 cache."""
-ATTENTION = ("query", "key", "value")
 
 
 @dataclass
