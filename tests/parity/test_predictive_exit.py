@@ -1,7 +1,7 @@
-"""Predictive Exit beside the reference's numbers: pooling, thresholds, forecasts, the loop, clock levels, placement.
+"""Predictive Exit beside the reference's numbers: pooling, thresholds, jumps, clock levels, the loop, placement, costs.
 
-Arrays are named ``group/…``. Some checks read arrays of another group (thresholds, numbers of exits and rounds), as the
-fixtures' README says; every array must be known to its group.
+The arrays of a file are named ``group/…``; each group has its check, which fails on a name it does not know. Some
+groups need others of the same file: thresholds, and the number of exits.
 """
 
 from __future__ import annotations
@@ -10,186 +10,189 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import predictive_exit_bof
 import pytest
-from predictive_exit_bof import near
+import torch
 
 from sparing.adaptive.confidence import ConfidenceRule, activation_thresholds
 from sparing.adaptive.dvfs import DVFSGovernor
 from sparing.adaptive.exit_cost import kept_exits, placement_scores
+from sparing.adaptive.exits import BoFPooling
 from sparing.adaptive.forecast import ExitPredictor, convolved
 from sparing.adaptive.policies import PredictiveExitPolicy
 from sparing.adaptive.reference_tables import COSTS, LEVELS_HZ
 
 Arrays = Mapping[str, np.ndarray]
-Groups = Mapping[str, Arrays]
-UNITS_HZ = {"tx2": 1, "agx": 1, "i7-10700": 1000}
-"""What the fixtures' frequencies of a platform are in."""
 
 
-def same(found: object, expected: np.ndarray, what: str) -> int:
-    """Equal to the last element; counts as one array."""
-    values = np.asarray(found)
-    assert values.shape == expected.shape, f"{what}: shape {values.shape}, expected {expected.shape}"
-    assert np.array_equal(values, expected), f"{what}: {int((values != expected).sum())} elements differ"
-    return 1
+def close(found: Any, expected: np.ndarray, what: str) -> None:
+    found = np.asarray(found)
+    assert found.shape == expected.shape, (what, found.shape, expected.shape)
+    scale = max(float(np.abs(expected).max(initial=0.0)), 1e-300)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * scale, err_msg=what)
 
 
-def only(arrays: Arrays, group: str, *names: str) -> None:
-    """All of these are there, and nothing else."""
-    assert set(arrays) == set(names), f"{group}: {sorted(set(arrays) ^ set(names))} are unknown or missing"
+def all_used(arrays: Arrays, prefix: str, used: set[str]) -> int:
+    names = {name for name in arrays if name.startswith(prefix)}
+    assert names == used, f"{prefix}: not understood: {sorted(names - used)}, missing: {sorted(used - names)}"
+    return len(names)
 
 
-def by_layer(predictor: ExitPredictor, logits: np.ndarray, layers: np.ndarray, exits: int, single: bool) -> np.ndarray:
-    """Jumps of samples that are each at a layer (from 1) of their own."""
-    jumps = np.zeros(len(logits), dtype=np.int64)
-    for layer in np.unique(layers):
-        here = layers == layer
-        jumps[here] = predictor.predict(logits[here], int(layer), exits, single)
-    return jumps
+def pooling(arrays: Arrays, group: str) -> int:
+    own = {name.removeprefix(f"{group}/"): value for name, value in arrays.items() if name.startswith(f"{group}/")}
+    weight, horizon = own["codebook.weight"], int(own["horizon"])
+    codewords, channels = weight.shape[:2]
+    module = (
+        BoFPooling(channels, codewords, variant=1, horizon=horizon)
+        if group == "bof_v1"
+        else BoFPooling(channels, codewords, pool=horizon)
+    ).double()
+    parameters = dict(module.named_parameters())
+    module.load_state_dict({name: torch.from_numpy(own[name]) for name in parameters})
+    x = torch.from_numpy(own["x"]).requires_grad_()
+    y = module(x)
+    close(y.detach().numpy(), own["y"], f"{group} y")
+    (y * torch.from_numpy(own["grad_y"])).sum().backward()
+    close(x.grad.numpy(), own["grad_x"], f"{group} grad_x")  # type: ignore[union-attr]
+    for name, parameter in parameters.items():
+        close(parameter.grad.numpy(), own[f"grad_{name}"], f"{group} grad_{name}")  # type: ignore[union-attr]
+    used = {"horizon", "x", "y", "grad_x", "grad_y", *parameters, *(f"grad_{name}" for name in parameters)}
+    return all_used(arrays, f"{group}/", {f"{group}/{name}" for name in used})
 
 
-def thresholds(files: Groups) -> int:
-    arrays = files["thr"]
-    only(arrays, "thr", "train_logits", "threshold")
-    return near(activation_thresholds(arrays["train_logits"]), arrays["threshold"], "thr/threshold")
+def thresholds(arrays: Arrays) -> int:
+    close(activation_thresholds(arrays["thr/train_logits"]), arrays["thr/threshold"], "thresholds")
+    return all_used(arrays, "thr/", {"thr/train_logits", "thr/threshold"})
 
 
-def activation_forecasts(files: Groups) -> int:
-    arrays, t = files["pred_v1"], files["thr"]["threshold"]
-    only(arrays, "pred_v1", "logits", "current_layer_1based", "beta", "jump", "ratio_at_current", "max_round")
-    logits, layers = arrays["logits"], arrays["current_layer_1based"]
-    jumps, ratios = [], []
-    for beta in arrays["beta"]:
+def jumps_v1(arrays: Arrays) -> int:
+    logits, layers, t = arrays["pred_v1/logits"], arrays["pred_v1/current_layer_1based"], arrays["thr/threshold"]
+    jump, ratio = np.empty_like(arrays["pred_v1/jump"]), np.empty_like(arrays["pred_v1/ratio_at_current"])
+    for b, beta in enumerate(arrays["pred_v1/beta"]):
         rule = ConfidenceRule.activation(t, float(beta))
-        predictor = ExitPredictor(rule, max_round=int(arrays["max_round"]))
-        jumps.append(by_layer(predictor, logits, layers, len(t), single=False))
-        ratios.append([rule.ratio(z[None], int(layer) - 1)[0] for z, layer in zip(logits, layers, strict=True)])
-    return same(jumps, arrays["jump"], "pred_v1/jump") + near(ratios, arrays["ratio_at_current"], "pred_v1/ratio")
+        predictor = ExitPredictor(rule, max_round=int(arrays["pred_v1/max_round"]))
+        for s, layer in enumerate(layers.tolist()):
+            jump[b, s] = predictor.predict(logits[s : s + 1], layer, len(t))[0]
+            ratio[b, s] = rule.ratio(logits[s : s + 1], layer - 1)[0]
+    np.testing.assert_array_equal(jump, arrays["pred_v1/jump"])
+    close(ratio, arrays["pred_v1/ratio_at_current"], "ratio")
+    names = ("logits", "current_layer_1based", "beta", "max_round", "jump", "ratio_at_current")
+    return all_used(arrays, "pred_v1/", {f"pred_v1/{name}" for name in names})
 
 
-def softmax_forecasts(files: Groups) -> int:
-    arrays, exits = files["pred_v2"], int(files["dvfs"]["num_exits"])
-    only(arrays, "pred_v2", "logits", "layer_0based", "beta", "kernels", "jump_kernel_single_beta_sample", "max_round")
-    jumps = [
-        [
-            [
-                by_layer(
-                    ExitPredictor(
-                        ConfidenceRule.softmax(float(beta)), tuple(map(float, kernel)), int(arrays["max_round"])
-                    ),
-                    arrays["logits"],
-                    arrays["layer_0based"] + 1,
-                    exits,
-                    single,
-                )
-                for beta in arrays["beta"]
-            ]
-            for single in (False, True)
-        ]
-        for kernel in arrays["kernels"]
-    ]
-    return same(jumps, arrays["jump_kernel_single_beta_sample"], "pred_v2/jump")
+def jumps_v2(arrays: Arrays) -> int:
+    name = "pred_v2/jump_kernel_single_beta_sample"
+    logits, layers, exits = arrays["pred_v2/logits"], arrays["pred_v2/layer_0based"], int(arrays["dvfs/num_exits"])
+    found = np.empty_like(arrays[name])
+    for k, kernel in enumerate(arrays["pred_v2/kernels"]):
+        for b, beta in enumerate(arrays["pred_v2/beta"]):
+            rule = ConfidenceRule.softmax(float(beta))
+            predictor = ExitPredictor(rule, tuple(kernel.tolist()), int(arrays["pred_v2/max_round"]))
+            for single in range(found.shape[1]):
+                for s, layer in enumerate(layers.tolist()):
+                    found[k, single, b, s] = predictor.predict(logits[s : s + 1], layer + 1, exits, bool(single))[0]
+    np.testing.assert_array_equal(found, arrays[name])
+    others = {f"pred_v2/{one}" for one in ("logits", "layer_0based", "beta", "kernels", "max_round")}
+    return all_used(arrays, "pred_v2/", {name, *others})
 
 
-def convolutions(files: Groups) -> int:
-    arrays = files["conv"]
-    only(arrays, "conv", "sequence")
-    found = [arrays["sequence"][0]]
-    for _ in arrays["sequence"][1:]:
+def sequence(arrays: Arrays) -> int:
+    expected = arrays["conv/sequence"]
+    found = [expected[0]]
+    for _ in range(len(expected) - 1):
         found.append(convolved(found[-1], (1.0, 1.0, 1.0)))
-    assert len(found) > 1, "conv/sequence: logits alone"
-    return near(found, arrays["sequence"], "conv/sequence")
+    close(np.stack(found), expected, "sequence")
+    return all_used(arrays, "conv/", {"conv/sequence"})
 
 
-def clock_levels(files: Groups) -> int:
-    arrays, compared = files["dvfs"], 0
-    exits = int(arrays["num_exits"])
-    platforms = {name.partition("/")[0] for name in arrays} - {"num_exits"}
-    only(arrays, "dvfs", "num_exits", *(f"{p}/{of}" for p in platforms for of in ("frequencies", "level_cur_jump")))
-    for platform in sorted(platforms):
-        frequencies, expected = arrays[f"{platform}/frequencies"], arrays[f"{platform}/level_cur_jump"]
-        assert platform in UNITS_HZ, f"dvfs: no levels of {platform!r}"
-        compared += same(np.asarray(LEVELS_HZ[platform]), frequencies * UNITS_HZ[platform], f"levels of {platform}")
-        governor = DVFSGovernor(tuple(map(float, frequencies)), rounding="nearest", floor=None)
+def levels(arrays: Arrays) -> int:
+    exits = int(arrays["dvfs/num_exits"])
+    platforms = {name.split("/")[1] for name in arrays if name.startswith("dvfs/") and name.count("/") == 2}
+    used = {"dvfs/num_exits"}
+    for platform in platforms:
+        names = [f"dvfs/{platform}/{name}" for name in ("frequencies", "level_cur_jump")]
+        frequencies, expected = (arrays[name] for name in names)
+        if platform in LEVELS_HZ:
+            unit = 1000 if platform.startswith("i7") else 1
+            np.testing.assert_array_equal(frequencies * unit, LEVELS_HZ[platform])
+        governor = DVFSGovernor(tuple(frequencies.tolist()), rounding="nearest", floor=None)
         found = np.full_like(expected, -1)
-        for current in range(exits):
-            for jump in range(1, exits - current + 1):
+        for current in range(expected.shape[0]):
+            for jump in range(1, min(exits - current, expected.shape[1] - 1) + 1):
                 found[current, jump] = governor.level(jump, exits - current)
-        compared += same(found, expected, f"dvfs/{platform}/level_cur_jump")
-    return compared
+        np.testing.assert_array_equal(found, expected, err_msg=platform)
+        used |= set(names)
+    return all_used(arrays, "dvfs/", used)
 
 
-def loops(files: Groups) -> int:
-    arrays, compared = files["loop"], 0
-    table, t = arrays["logits_sample_exit_class_last_is_final"], files["thr"]["threshold"]
-    assert len(arrays["labels"]) == len(table), "loop/labels: another number of samples than the logits"
-    cases = {name.rpartition("/")[0] for name in arrays if "/" in name}
-    results = ("exit_index", "num_exit_evaluations", "num_predictions")
-    known = [f"{case}/{result}" for case in cases for result in results]
-    only(arrays, "loop", "logits_sample_exit_class_last_is_final", "labels", *known)
-    for case in sorted(cases):
-        found = re.fullmatch(r"start(\d+)_beta([\d.]+)", case)
-        assert found, f"loop/{case}: not understood"
-        rule = ConfidenceRule.activation(t, float(found[2]))
-        predictor = ExitPredictor(rule, max_round=int(files["pred_v1"]["max_round"]))
-        policy = PredictiveExitPolicy(int(found[1]), predictor)
+def loop(arrays: Arrays) -> int:
+    table = arrays["loop/logits_sample_exit_class_last_is_final"]
+    used = {"loop/logits_sample_exit_class_last_is_final", "loop/labels"}
+    runs = {name.split("/")[1] for name in arrays if name.startswith("loop/") and name.count("/") == 2}
+    for run in runs:
+        match = re.fullmatch(r"start(\d+)_beta([\d.e+-]+)", run)
+        assert match, run
+        rule = ConfidenceRule.activation(arrays["thr/threshold"], float(match[2]))
+        predictor = ExitPredictor(rule, max_round=int(arrays["pred_v1/max_round"]))
+        policy = PredictiveExitPolicy(int(match[1]), predictor)
         trace = policy.run(table)
-        for name, values in zip(results, (trace.exit_index, trace.n_exit_evals, trace.n_predictions), strict=True):
-            compared += same(values, arrays[f"{case}/{name}"], f"loop/{case}/{name}")
-        alone = [policy.run(row[None]).exit_index[0] for row in table]
-        assert alone == trace.exit_index.tolist(), f"loop/{case}: one by one the samples leave elsewhere"
-    return compared
+        found = {
+            "exit_index": trace.exit_index,
+            "num_exit_evaluations": trace.n_exit_evals,
+            "num_predictions": trace.n_predictions,
+        }
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, arrays[f"loop/{run}/{name}"], err_msg=f"{run} {name}")
+            used.add(f"loop/{run}/{name}")
+    assert runs, "no run of the loop"
+    return all_used(arrays, "loop/", used)
 
 
-def placement(files: Groups) -> int:
-    arrays = files["placement"]
-    only(arrays, "placement", "layer_cost", "exit_cost", "continue_rate", "score", "keep")
-    scores = placement_scores(arrays["layer_cost"], arrays["exit_cost"], arrays["continue_rate"])
-    return near(scores, arrays["score"], "placement/score") + same(kept_exits(scores), arrays["keep"], "placement/keep")
+def placement(arrays: Arrays) -> int:
+    own = {name.removeprefix("placement/"): value for name, value in arrays.items() if name.startswith("placement/")}
+    score = placement_scores(own["layer_cost"].tolist(), own["exit_cost"].tolist(), own["continue_rate"].tolist())
+    close(score, own["score"], "placement")
+    np.testing.assert_array_equal(kept_exits(score), own["keep"])
+    names = ("layer_cost", "exit_cost", "continue_rate", "score", "keep")
+    return all_used(arrays, "placement/", {f"placement/{name}" for name in names})
 
 
-def cost_tables(files: Groups) -> int:
-    arrays, compared = files["cost_tables"], 0
-    for name, expected in arrays.items():
-        found = re.fullmatch(r"(.+)_layer_exit", name)
-        assert found, f"cost_tables/{name}: not understood"
-        assert found[1] in COSTS, f"cost_tables: no table of {found[1]!r}"
-        compared += same(COSTS[found[1]], expected, f"cost_tables/{name}")
-    return compared
+def cost_tables(arrays: Arrays) -> int:
+    used = set()
+    for network, rows in COSTS.items():
+        np.testing.assert_array_equal(np.asarray(rows), arrays[f"cost_tables/{network}_layer_exit"])
+        used.add(f"cost_tables/{network}_layer_exit")
+    return all_used(arrays, "cost_tables/", used)
 
 
-GROUPS: dict[str, Callable[[Groups], int]] = {
-    **{
-        group: (lambda files, group=group, check=check: check(files[group]))  # type: ignore[misc]
-        for group, check in predictive_exit_bof.GROUPS.items()
-    },
+GROUPS: Mapping[str, Callable[[Arrays], int]] = {
+    "bof_v1": lambda arrays: pooling(arrays, "bof_v1"),
+    "bof_v2": lambda arrays: pooling(arrays, "bof_v2"),
     "thr": thresholds,
-    "pred_v1": activation_forecasts,
-    "pred_v2": softmax_forecasts,
-    "conv": convolutions,
-    "dvfs": clock_levels,
-    "loop": loops,
+    "pred_v1": jumps_v1,
+    "conv": sequence,
+    "pred_v2": jumps_v2,
+    "dvfs": levels,
+    "loop": loop,
     "placement": placement,
     "cost_tables": cost_tables,
 }
 
 
-def test_every_array_of_every_file(oracles: Callable[[str], list[Path]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_array_of_every_file_of_exits(
+    oracles: Callable[[str], list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
     compared: dict[str, int] = defaultdict(int)
     for path in oracles("predictive_exit"):
         with np.load(path, allow_pickle=False) as archive:
-            files: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-            for name in archive.files:
-                group, slash, rest = name.partition("/")
-                assert slash, f"{path}: {name!r} is in no group"
-                assert group in GROUPS, f"{path}: no check for {name!r}; groups: {', '.join(GROUPS)}"
-                files[group][rest] = archive[name]
-        assert files, f"{path} holds nothing"
-        for group in list(files):
-            count = GROUPS[group](files)
+            arrays = {name: archive[name] for name in archive.files}
+        groups = {name.split("/")[0] for name in arrays}
+        assert groups, f"{path} holds nothing"
+        for group in sorted(groups):
+            assert group in GROUPS, f"{path}: no check for {group!r}; groups: {', '.join(GROUPS)}"
+            count = GROUPS[group](arrays)
             assert count, f"{path}: nothing of {group} was compared"
             compared[group] += count
     with capsys.disabled():

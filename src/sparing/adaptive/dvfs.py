@@ -22,11 +22,11 @@ from sparing.core.errors import InvalidValue
 class DVFSGovernor:
     """Chooses a level, an index into ``frequencies``.
 
-    ``frequencies`` ascend, in any one unit. ``voltages`` in volts, one for each; None: a straight line from 0.6 V to 1 V.
-    ``rounding``: "up" to the next level that is fast enough, or "nearest" as the reference has it (ties go down, what is
-    below the lowest level becomes that one). ``floor="energy"``: never below the level where a cycle is cheapest with
-    leakage counted; None: as low as there is time for. ``static_share``: ρ, static power at the highest level as a share
-    of the dynamic.
+    ``frequencies`` ascend, in any one unit. ``voltages`` in volts, one for each; None: a straight line from 0.6 to 1 V.
+    ``rounding``: "up" to the next level that is fast enough, or "nearest" as the reference has it (ties go down, what
+    is below the lowest level becomes that one). ``floor="energy"``: never below the level where a cycle is cheapest
+    with leakage counted; None: as low as there is time for. ``static_share``: ρ, static power at the highest level as a
+    share of the dynamic.
     """
 
     frequencies: tuple[float, ...]
@@ -35,7 +35,7 @@ class DVFSGovernor:
     floor: Literal["energy"] | None = "energy"
     static_share: float = 0.05
     launch_ratio: float = 1.0
-    """What a jump is multiplied by first, as the reference does on CPUs that only launch another chip's kernels (2–4)."""
+    """What a jump is multiplied by first; 2–4 in the reference for a CPU that only launches another chip's kernels."""
 
     def __post_init__(self) -> None:
         f = np.asarray(self.frequencies, dtype=np.float64)
