@@ -231,7 +231,7 @@ def _put(answers: np.ndarray | None, samples: int, who: np.ndarray, logits: np.n
 def staged(
     model: MultiExitModel, task: Task, places: Sequence[int] | None = None
 ) -> tuple[list[OnnxPredictor], list[OnnxPredictor]]:
-    """(stages, exits) of a trained model as ONNX graphs with a free batch; cut at the exits of ``places``, None: all."""
+    """(stages, exits) of a trained model as ONNX graphs, the batch free; cut at the exits of ``places``, None: all."""
     import torch
 
     from sparing.core.predictor import to_onnx
