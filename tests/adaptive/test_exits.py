@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparing.adaptive.exit_training import ExitTask, train_exits
 from sparing.adaptive.exits import BoFExit, BoFPooling, MultiExitModel, attach_exits, exit_layers, traced
-from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect
 from sparing.core.training import Train
 from sparing.models.convnet import ConvNet
 from sparing.models.mobilenet import MobileNet
@@ -183,7 +183,6 @@ class Values(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layers", "named"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), "all", "no place for an exit"),
         (Values(), "all", "Values cannot be traced.*item"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "all", r"logits \(N, classes\)"),
     ],
@@ -191,6 +190,11 @@ class Values(nn.Module):
 def test_networks_that_cannot_have_exits(model: nn.Module, layers: str, named: str) -> None:
     with pytest.raises(IncompatibleStep, match=named):
         attach_exits(model, example=(torch.randn(2, 1, 16, 16),))
+
+
+def test_a_network_without_a_place() -> None:
+    with pytest.raises(NoEffect, match=r"no place for an exit.*a convolution"):
+        attach_exits(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)), example=(torch.randn(2, 1, 16, 16),))
 
 
 @pytest.mark.parametrize(
