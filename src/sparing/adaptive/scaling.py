@@ -763,6 +763,7 @@ class ScalingOptimizer:
             return deadlines, max(memory, least)
         memory = max(memory, self.smallest_bytes)
         low, factor = 1.0, self._factor(deadlines, [net.bytes.argmin(1) for net in self.networks])
+        exact = factor
         while factor - low > 1e-12 * factor:
             middle = (low + factor) / 2
             problem = self._problem([deadline * middle for deadline in deadlines], memory, by_bytes=True)
@@ -770,8 +771,9 @@ class ScalingOptimizer:
             if chosen is None or self._bytes(chosen) > _within(memory, 1.0):
                 low = middle
             else:
-                factor = max(low, self._factor(deadlines, chosen))
-        return [deadline * factor for deadline in deadlines], memory
+                exact = self._factor(deadlines, chosen)
+                factor = min(exact, middle)  # a sum may exceed its limit by a hair: that must not stop the halving
+        return [deadline * exact for deadline in deadlines], memory
 
     def _factor(self, deadlines: Sequence[float], chosen: Sequence[np.ndarray]) -> float:
         """By how much all deadlines must grow for a selection to keep them."""
