@@ -14,15 +14,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 
 from sparing.core.errors import InvalidValue, SparingError, shown
-
-if TYPE_CHECKING:
-    from sparing.adaptive.block_profile import Profile
 
 Method = Literal["auto", "enumerate", "milp"]
 MEMORY_STEP = 0.1 * 1024 * 1024
@@ -37,6 +34,68 @@ MAX_STATES = 300_000
 
 class InfeasibleError(SparingError):
     """No selection keeps the limits; the message names the smallest ones that can be kept."""
+
+
+# --- what is known of a network ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What each descendant of each block costs and loses. B blocks, S sparsities, of which the first is 0."""
+
+    sparsities: np.ndarray
+    """(S,)."""
+    drops: np.ndarray
+    """(B, S) accuracy that is lost where the block is replaced by this descendant; may be negative."""
+    bytes: np.ndarray
+    """(B, S) parameters and buffers of the descendants."""
+    latency: np.ndarray
+    """(B,) seconds of the original blocks at batch 1."""
+    rel: np.ndarray
+    """(B, S) share of it that the descendants save."""
+    model_latency: float
+    """Seconds of the whole original network at batch 1."""
+    frame_bytes: float
+    """Bytes of what is in no block."""
+    accuracy: float
+    """Of the original network, on the data that drops were taken on."""
+
+    def __post_init__(self) -> None:
+        for name in ("sparsities", "drops", "bytes", "latency", "rel"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), float))
+        blocks, count = self.drops.shape if self.drops.ndim == 2 else (0, 0)
+        for name, shape in {
+            "sparsities": (count,),
+            "drops": (blocks, count),
+            "bytes": (blocks, count),
+            "latency": (blocks,),
+            "rel": (blocks, count),
+            "model_latency": (),
+            "frame_bytes": (),
+            "accuracy": (),
+        }.items():
+            array = np.asarray(getattr(self, name))
+            if array.shape != shape or not blocks or not count:
+                raise InvalidValue(f"profile: {name} {array.shape} beside drops {self.drops.shape}")
+            if not np.isfinite(array).all():
+                raise InvalidValue(f"profile: {name} = {shown(array.tolist())}: finite numbers are needed")
+
+    def to_config(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {item.name: np.asarray(getattr(self, item.name)).tolist() for item in fields(self)}
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Of :meth:`to_config`'s values; raises :class:`InvalidValue` for others."""
+        names = {item.name for item in fields(cls)}
+        if not isinstance(config, dict) or config.keys() != names:
+            raise InvalidValue(f"profile = {shown(config)}: {', '.join(sorted(names))} are needed")
+        try:
+            arrays = {name: np.asarray(value, float) for name, value in config.items()}
+            made: dict[str, Any] = {name: float(a) if a.ndim == 0 else a for name, a in arrays.items()}
+            return cls(**made)
+        except (TypeError, ValueError) as error:
+            raise InvalidValue(f"profile: {error}") from None
 
 
 # --- what latency is now (section 5) ---------------------------------------------------------------------------------
@@ -866,6 +925,7 @@ def _front3(cost: np.ndarray, size: np.ndarray, saved: np.ndarray) -> np.ndarray
 __all__ = [
     "InfeasibleError",
     "LatencyEstimate",
+    "Profile",
     "ScalingOptimizer",
     "Selection",
     "bytes_moved",
