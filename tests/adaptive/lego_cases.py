@@ -81,7 +81,7 @@ def counting_profile(zoo: Any, accuracy: float = 0.9) -> Profile:
 
 def read(output: Any, blocks: int = 3) -> tuple[tuple[int, ...], ...]:
     """The options that each sample's answer holds; the same at every pixel, or the answer is of no one selection."""
-    array = np.asarray(output)
+    array = np.asarray(output.detach() if isinstance(output, torch.Tensor) else output)
     assert (array == array[:, :1]).all()
     whole = np.rint(array[:, 0]).astype(int)
     np.testing.assert_allclose(array[:, 0], whole, atol=1e-3)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,11 @@ def test_a_call_under_way_is_answered_by_one_selection(network: Any) -> None:
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for turn in range(60):
+    for turn in range(5000):
         network.apply([3, 2, 1] if turn % 2 == 0 else [0, 0, 0])
+        time.sleep(1e-4)
+        if turn >= 60 and seen == allowed:
+            break
     stop.set()
     for thread in threads:
         thread.join()
@@ -271,7 +275,7 @@ def test_networks_share_a_budget() -> None:
     assert first.selections["b"].est_latency <= 2e-3
     for name, network in runtime.networks.items():
         assert network.current == first.selections[name].options
-    second = runtime.adapt(Budget(whole * 0.65, {"b": 2e-3}))
+    second = runtime.adapt(Budget(whole * 0.6, {"b": 2e-3}))
     changed = [
         (network.sizes, first.selections[name].options, second.selections[name].options)
         for name, network in runtime.networks.items()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from torch import fx, nn
 
-from sparing.adaptive.lego_runtime import Layout, Piece, ScaledNetwork
+from sparing.adaptive.lego_runtime import Layout, Options, Piece, ScaledNetwork
 from sparing.adaptive.scaling import Profile, Selection
 from sparing.core import files
 from sparing.core.errors import InvalidValue, shown
@@ -154,6 +155,16 @@ class LegoModel(ScaledNetwork, nn.Module):
         moved = ScaledNetwork.apply(self, selection)
         self.blocks = nn.ModuleList(self._modules_of_now()).eval()
         return moved
+
+    @torch.no_grad()
+    def answer(self, *inputs: Any) -> tuple[Any, Options]:
+        """(the network's output, without a gradient; the selection that computed it)."""
+        return ScaledNetwork.answer(self, *inputs)
+
+    @torch.no_grad()
+    def measure(self, *inputs: Any, runs: int = 5) -> tuple[np.ndarray, Options]:
+        """Seconds of each loaded block, without gradients: see :meth:`ScaledNetwork.measure`."""
+        return ScaledNetwork.measure(self, *inputs, runs=runs)
 
     @property
     def bytes(self) -> float:

@@ -327,11 +327,8 @@ class LegoRuntime:
                 return float((sizes[blocks, found[name].options] - sizes[blocks, before[name]]).sum())
 
             moved = sum(self.networks[name].apply(found[name]) for name in sorted(found, key=growth))
-            whole = sum(
-                bytes_moved_whole(self.networks[name].sizes, before[name], found[name].options)
-                for name in found
-                if before[name] != found[name].options
-            )
+            changed = [name for name in found if before[name] != found[name].options]
+            whole = float(sum(bytes_moved_whole(self.networks[n].sizes, before[n], found[n].options) for n in changed))
             switched = time.perf_counter()
             first, self._adapted = not self._adapted, True
         return Adaptation(
