@@ -174,6 +174,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.engine.predictor:EnginePredictor",
             "An :class:`~sparing.engine.runtime.Engine` on token numbers (N, T), padded behind, to the head's output.",
         ),
+        "lego": Part(
+            "sparing.adaptive.lego_predictor:LegoPredictor",
+            "A network of ONNX graphs whose blocks are exchanged while it serves.",
+        ),
         "module": Part(
             "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."
         ),
