@@ -17,7 +17,7 @@ from sparing.adaptive.policies import (
     PredictiveExitPolicy,
     policy_from,
 )
-from sparing.core.errors import CorruptFile, InvalidValue
+from sparing.core.errors import CorruptFile, IncompatibleStep, InvalidValue
 from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.folder import nest, unnest
 from sparing.core.predictor.onnx import OnnxPredictor
@@ -239,12 +239,18 @@ def staged(
     kept = list(range(len(model.exits))) if places is None else list(places)
     plain = Context(task.name)  # labels and preprocessing belong to the whole
     values: Any = tuple(torch.as_tensor(item) for item in task.example_input(2))
+    samples = len(values[0])
     stages, exits = [], []
     with torch.no_grad():
         for i, stage in enumerate(model.eval().stages(kept)):
             stages.append(to_onnx(stage, values, plain))
             values = stage(*values)
             values = values if isinstance(values, tuple) else (values,)
+            if any(len(value) != samples for value in values):
+                raise IncompatibleStep(
+                    f"stage {i} hands on values of shapes {[list(value.shape) for value in values]} for {samples} "
+                    f"samples; exits need places where the first axis of all that later layers read counts samples"
+                )
             if i < len(kept):
                 exits.append(to_onnx(model.exits[kept[i]], (values[0],), plain))
     return stages, exits

@@ -285,8 +285,13 @@ def _with_taps(graph: fx.GraphModule, layers: Sequence[str]) -> fx.GraphModule:
 
 
 def cut(graph: fx.GraphModule, layers: Sequence[str]) -> list[fx.GraphModule]:
-    """Stages of a graph whose output is (value of each of ``layers`` …, final): see :meth:`MultiExitModel.stages`."""
+    """Stages of a graph whose output is (value of each of ``layers`` …, final): see :meth:`MultiExitModel.stages`.
+
+    Stages give one another values of samples only. Parameters, and numbers read from a shape, are found again in every
+    stage that uses them: what is handed on loses the rows of samples that left.
+    """
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+    light = _light(nodes)
     places = [node.name for node in nodes]
     ends = [places.index(name) + 1 for name in layers] + [len(nodes)]
     output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -295,22 +300,47 @@ def cut(graph: fx.GraphModule, layers: Sequence[str]) -> list[fx.GraphModule]:
     start = 0
     live: list[fx.Node] = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for stage, end in enumerate(ends):
-        inside, later = nodes[start:end], set(nodes[end:])
+        inside = [node for node in nodes[start:end] if node not in light]
         new = fx.Graph()
         copied = {node: new.placeholder(node.name) for node in live}
         for node in inside:
-            copied[node] = new.node_copy(node, copied.__getitem__)
+            _copy(new, node, copied)
         if stage == len(ends) - 1:
             new.output(copied[final])
         else:
-            head = inside[-1] if inside else live[0]
-            kept = [n for n in [*live, *inside] if n is not head and later & set(n.users)]
-            kept += [final] if final in copied and final not in kept and final is not head else []
-            new.output((copied[head], *(copied[n] for n in kept)))
+            head = nodes[end - 1]
+            read = {final}.union(*(_samples(node, light) for node in nodes[end:] if node not in light))
+            kept = [node for node in (*live, *inside) if node is not head and node in read]
+            new.output((copied[head], *(copied[node] for node in kept)))
             live = [head, *kept]
         made.append(fx.GraphModule(graph, new))
         start = end
     return made
+
+
+def _light(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that hold no values of samples: parameters, numbers of a shape, and what is made of these alone."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        is_shape = (node.op == "call_method" and node.target in ("size", "dim")) or (
+            node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+        )
+        if is_shape or all(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _samples(node: fx.Node, light: set[fx.Node]) -> set[fx.Node]:
+    """The nodes with values of samples that ``node`` is computed from, directly or through light ones."""
+    return set().union(*({a} if a not in light else _samples(a, light) for a in node.all_input_nodes))
+
+
+def _copy(new: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> None:
+    """Copy a node into a graph, after whatever it is computed from that is not there yet."""
+    for argument in node.all_input_nodes:
+        if argument not in copied:
+            _copy(new, argument, copied)
+    copied[node] = new.node_copy(node, copied.__getitem__)
 
 
 def attach_exits(
@@ -358,6 +388,7 @@ def attach_exits(
     taps = _with_taps(graph, chosen)
     with torch.no_grad():
         *maps, final = taps.eval()(image)
+        _check_batch(taps, model, image)
     for name, value in zip(chosen, maps, strict=True):
         if value.ndim != 4:
             raise IncompatibleStep(f"{name} gives a value of shape {list(value.shape)}; an exit reads (N, C, H, W)")
@@ -368,6 +399,20 @@ def attach_exits(
         BoFExit(int(m.shape[1]), classes, codewords, min(pool, *m.shape[2:])) for m in maps
     ]  # fmt: skip
     return MultiExitModel(graph, chosen, exits)
+
+
+def _check_batch(taps: fx.GraphModule, model: nn.Module, image: Tensor) -> None:
+    """Refuse a trace that holds for the example's number of samples only."""
+    one = image[:1]
+    try:
+        holds = torch.allclose(taps(one)[-1], copy.deepcopy(model).eval()(one), rtol=1e-3, atol=1e-4)
+    except RuntimeError:  # shapes that do not fit
+        holds = False
+    if not holds:
+        raise IncompatibleStep(
+            f"{type(model).__name__} traced with {len(image)} samples computes something else for 1; exits need a "
+            "model that treats each sample alone"
+        )
 
 
 def _shared(maps: Sequence[Tensor], classes: int, codewords: int) -> list[nn.Module]:
