@@ -1,9 +1,10 @@
 # make demo    install into .venv and run the quickstart       make bench   the measured claims of benchmarks/
-# make test    the whole test suite                            make docs    the documentation, into docs/_build/html
+# make test    the whole test suite, JOBS files at a time       make docs    the documentation, into docs/_build/html
 # make check   style, types, floors, docs, no torchvision      make clean   remove everything made here
 # make readme-ledger   run the quickstart from nothing and put its ledger into README.md; wants a quiet machine
 PYTHON ?= python3
 PIP_ARGS ?=
+JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
@@ -15,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sparing run quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

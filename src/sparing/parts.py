@@ -109,6 +109,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.optimization.leap:Leap",
             "Multiply each parameter's learning rate in the next training by Gaussian noise of mean 1.",
         ),
+        "predictive_exit": Part(
+            "sparing.adaptive.predictive_exit:PredictiveExit",
+            "Let easy samples leave early: exits are trained, and forecasts say where a sample will be sure enough.",
+        ),
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
             "INT8 weights and activations through ONNX Runtime, kept only when they win.",
@@ -166,6 +170,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "predictors": {
+        "early_exit": Part(
+            "sparing.adaptive.exit_predictor:EarlyExitPredictor",
+            "Stages and exits in ONNX Runtime, and the policy that chooses among them.",
+        ),
         "engine": Part(
             "sparing.engine.predictor:EnginePredictor",
             "An :class:`~sparing.engine.runtime.Engine` on token numbers (N, T), padded behind, to the head's output.",

@@ -37,6 +37,7 @@ def compile_model(
     kernels: Literal["auto", "sparse", "dense"] = "auto",
     tolerance: float = 0.01,
     method: RangeMethod = "minmax",
+    percentile: float = 0.1,
     samples: int = 512,
     exclude: Sequence[str] = (),
 ) -> tuple[EnginePredictor, PTQReport]:
@@ -47,8 +48,9 @@ def compile_model(
         task: scores and feeds it.
         calibration: data set that activations' ranges are taken from.
         val: data set by which layers return to floating point; see
-            :func:`~sparing.compression.ptq.quantize_ptq` for ``tolerance``, ``method`` and ``exclude``. The engine
-            itself is scored on it as well: where it loses more than the tolerance, attention goes to floating point.
+            :func:`~sparing.compression.ptq.quantize_ptq` for ``tolerance``, ``method``, ``percentile`` and
+            ``exclude``. The engine itself is scored on it as well: where it loses more than the tolerance, attention
+            goes to floating point.
         max_batch: sequences that are run at a time.
         max_length: longest input in tokens; None: the model's.
         kernels: see :func:`~sparing.engine.compiler.compile_encoder`.
@@ -80,6 +82,7 @@ def compile_model(
             model,
             inputs,
             method=method,
+            percentile=percentile,
             tolerance=tolerance,
             score=lambda candidate: score(ModulePredictor(candidate, task)),
             better=headline.better,
@@ -141,6 +144,8 @@ class Compile(Step):
     """Accepted loss on the validation data, as a share of the headline metric."""
     method: Literal["minmax", "percentile", "kl"] = "minmax"
     """How calibration turns observed activations into a range."""
+    percentile: float = Field(default=0.1, ge=0, lt=50)
+    """What the method "percentile" cuts off at each end, in percent of all calibration values."""
     samples: int = Field(default=512, ge=1)
     """Calibration samples, spread evenly over the calibration split."""
     exclude: tuple[str, ...] = ()
@@ -179,6 +184,7 @@ class Compile(Step):
             kernels=self.kernels,
             tolerance=self.tolerance,
             method=self.method,
+            percentile=self.percentile,
             samples=self.samples,
             exclude=self.exclude,
         )

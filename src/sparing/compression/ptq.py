@@ -17,20 +17,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparing.compression.calibration import attempts, calibration_batches
 from sparing.compression.pruning import prunable_layers, reasons
-from sparing.core.collation import batches_of
-from sparing.core.errors import DataError, InvalidValue, NoEffect, shown
-from sparing.core.predictor.tree import leaves, map_leaves
+from sparing.core.errors import InvalidValue, NoEffect, shown
+from sparing.core.predictor.tree import leaves
 from sparing.engine import arithmetic
 from sparing.engine.linear import Int8Linear
-from sparing.models.surgery import replace_blocks
+from sparing.engine.pack import ATTENTION
+from sparing.models.surgery import arguments_of, replace_blocks, run_on
 
 if TYPE_CHECKING:
     from sparing.core.task import Task
 
 Mode = Literal["static", "dynamic"]
 Better = Literal["higher", "lower"]
-ATTENTION = ("query", "key", "value", "q_lin", "k_lin", "v_lin")
+ATTENDED = (*ATTENTION, "q_lin", "k_lin", "v_lin")
 """Last parts of the names of layers whose outputs an attention in integers reads."""
 
 
@@ -172,7 +173,7 @@ def quantize_ptq(
     if too_bad(scored):
         damage = {name: _damage(source, with_int8([name]), inputs) for name in made}
         order = sorted(made, key=lambda name: -damage[name])
-        for count in _counts(len(order)):
+        for count in [*attempts(len(order)), len(order)]:
             returned = order[:count]
             found = with_int8(name for name in made if name not in returned)
             scored = _scored(score, found)
@@ -214,30 +215,6 @@ def _layers(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.Line
     return found, passed
 
 
-def arguments_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(positional, named) inputs of a model: of a tensor, a tuple of positional or a mapping of named ones."""
-
-    def tensor(leaf: Any) -> Any:
-        return torch.from_numpy(np.require(leaf, requirements=["C", "W"])) if isinstance(leaf, np.ndarray) else leaf
-
-    if isinstance(item, Mapping):
-        return (), {str(name): map_leaves(tensor, value) for name, value in item.items()}
-    given = tuple(item) if isinstance(item, tuple | list) else (item,)
-    return tuple(map_leaves(tensor, value) for value in given), {}
-
-
-def run_on(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """What a model answers, without gradients, on the device it is on."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def place(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    positional, named = inputs
-    with torch.no_grad():
-        return model(*(map_leaves(place, value) for value in positional), **map_leaves(place, named))
-
-
 def _calibrated(
     model: nn.Module, inputs: list[Any], names: list[str], method: Any, percentile: float, integer_attention: bool
 ) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
@@ -255,7 +232,7 @@ def _calibrated(
         seen: dict[tuple[str, str], list[np.ndarray]] = {}
         hooks = []
         for name in group:
-            attends = integer_attention and name.rpartition(".")[2] in ATTENTION
+            attends = integer_attention and name.rpartition(".")[2] in ATTENDED
             watching = _watch(name, ("input", "output") if attends else ("input",), method == "minmax", seen)
             hooks.append(model.get_submodule(name).register_forward_hook(watching))
         try:
@@ -308,27 +285,13 @@ def _damage(model: nn.Module, changed: nn.Module, inputs: list[Any]) -> float:
     return float((moved - reference).square().mean() / reference.var().clamp(min=1e-12))
 
 
-def _counts(layers: int) -> list[int]:
-    """How many layers to return, attempt by attempt; at last all."""
-    few = list(range(1, min(8, layers) + 1))
-    return few + [1 << power for power in range(4, 16) if 1 << power < layers] + ([layers] if layers > 8 else [])
-
-
-def calibration_inputs(
-    task: Task, model: nn.Module, dataset: Any, samples: int = 512, batch_size: int = 64
-) -> list[tuple[Any, ...]]:
+def calibration_inputs(task: Task, model: nn.Module, dataset: Any, samples: int = 512) -> list[tuple[Any, ...]]:
     """Inputs of ``model`` for up to ``samples`` items spread evenly over ``dataset``, as the task feeds its models.
 
-    Raises :class:`DataError` for an empty data set.
+    Raises :class:`~sparing.core.errors.DataError` for an empty data set.
     """
-    from torch.utils.data import Subset
-
-    count = len(dataset)
-    if count == 0:
-        raise DataError(f"{task.name}: the calibration split is empty; at least one {task.unit} is needed")
-    chosen = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(int)).tolist()
     recorder = _Recorder(model)
-    for batch in batches_of(Subset(dataset, chosen), batch_size, task.collate):
+    for batch in calibration_batches(task, dataset, samples):
         task.outputs(recorder, batch)
     return recorder.seen
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from sparing.core.collation import batches_of
-from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect, SparingError, did_you_mean
+from sparing.compression.calibration import attempts, calibration_batches
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError, did_you_mean
 from sparing.core.predictor import ModulePredictor, OnnxPredictor, Predictor, to_onnx
 from sparing.core.predictor.graph import lean, subgraphs
 from sparing.core.predictor.tree import leaves
@@ -43,11 +43,10 @@ Feeds = Sequence[Mapping[str, np.ndarray]]
 LAYERS = ("Conv", "Gemm", "MatMul")
 """Operators whose stored weights are quantised."""
 KEPT_FP32 = "kept FP32"
-CALIBRATION_BATCH = 64
 SENSITIVITY_BATCHES = 2
 """Calibration batches by which single layers are judged."""
 Mode = Literal["static", "dynamic"]
-Method = Literal["minmax", "entropy", "percentile"]
+Method = Literal["minmax", "percentile", "kl"]
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ def quantize_onnx(model: ModelProto, scheme: Scheme, feeds: Feeds = (), only: Se
         else:
             methods = {
                 "minmax": ort.CalibrationMethod.MinMax,
-                "entropy": ort.CalibrationMethod.Entropy,
                 "percentile": ort.CalibrationMethod.Percentile,
+                "kl": ort.CalibrationMethod.Entropy,
             }
             ort.quantize_static(
                 source,
@@ -238,14 +237,8 @@ def _outputs(model: ModelProto, feeds: Feeds) -> np.ndarray:
 
 def calibration_feeds(task: Task, predictor: OnnxPredictor, dataset: Any, samples: int) -> list[dict[str, np.ndarray]]:
     """Graph inputs for up to ``samples`` items spread evenly over ``dataset``, as the task feeds its models."""
-    from torch.utils.data import Subset
-
-    count = len(dataset)
-    if count == 0:
-        raise DataError(f"{task.name}: the calibration split is empty; at least one {task.unit} is needed")
-    chosen = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(int)).tolist()
     recorder = _Recorder(predictor)
-    for batch in batches_of(Subset(dataset, chosen), CALIBRATION_BATCH, task.collate):
+    for batch in calibration_batches(task, dataset, samples):
         task.outputs(recorder, batch)
     return recorder.feeds_seen
 
@@ -424,7 +417,7 @@ class Quantize(Step):
                 if node.op_type != "Conv" and node.name in found
             }
         ordered = sorted(found, key=lambda name: -found[name])
-        for count in _counts(len(ordered)):
+        for count in attempts(len(ordered)):
             kept = replace(scheme, keep_float=(*scheme.keep_float, *ordered[:count]))
             tried.append(self._candidate(job, kept, model, source, feeds, base))
             if tried[-1].loss <= self.accepted(base):
@@ -469,13 +462,6 @@ class Quantize(Step):
             return len(candidate.predictor.content)
         assert candidate.p50_ms is not None
         return candidate.p50_ms
-
-
-def _counts(layers: int) -> list[int]:
-    """How many layers to give back, attempt by attempt; never all of them."""
-    few = list(range(1, min(8, layers - 1) + 1))
-    many = [1 << power for power in range(4, 16) if 1 << power < layers]
-    return few + many
 
 
 def _rows(feed: Mapping[str, np.ndarray]) -> int:

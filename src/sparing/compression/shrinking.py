@@ -23,7 +23,6 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from sparing.compression.pruning import GUARD, check_sparsity, reasons, sparsity_of
-from sparing.compression.ptq import arguments_of, run_on
 from sparing.core.errors import InvalidValue, NoEffect, did_you_mean, shown
 from sparing.core.predictor import ModelSpec, ModulePredictor, build_model, outline, spec_of
 from sparing.core.predictor.module import count_macs
@@ -33,6 +32,7 @@ from sparing.models.bert import Bert, EncoderBlock
 from sparing.models.convnet import ConvNet
 from sparing.models.mlp import MLP
 from sparing.models.mobilenet import MobileNet
+from sparing.models.surgery import arguments_of, run_on
 from sparing.models.vit import Attention, TransformerBlock, ViT
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from sparing.core.errors import InvalidValue, NoEffect
 from sparing.engine import native, packing
 from sparing.engine import pack as packs
 from sparing.engine.native import choose_path, cpu_capability
-from sparing.engine.pack import Encoder, Format, GridOf, Layer, Manifest
+from sparing.engine.pack import ATTENTION, Encoder, Format, GridOf, Layer, Manifest
 from sparing.engine.runtime import Engine, NativeEngine, OnnxEngine, TorchEngine, path_for
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ MARGIN = 0.05
 """A sparse kernel must be faster by this share; less is a tie, and goes to the dense one."""
 COLD_BYTES = 6 << 20
 """Kernels are timed on copies of a layer's weights that are this large together: more than a level-2 cache."""
-ATTENTION = ("query", "key", "value")
 
 
 @dataclass
@@ -121,6 +120,9 @@ def compile_encoder(
             raise NoEffect(
                 f"engine={engine!r}: none of the {len(found.layers())} layers is INT8; quantise the model first"
             )
+        best = max(linear.sparsity for linear in found.layers().values())
+        if engine == "sparse" and best < SPARSE_FROM:
+            raise NoEffect(f"engine='sparse': no layer has {SPARSE_FROM:.0%} zero 4×1 blocks; the most is {best:.1%}")
         return _native(found, max_batch, max_length, engine, tokens, isa, f"engine={engine!r} was asked for")
     reason = ""
     if engine == "onnxruntime":
@@ -350,9 +352,6 @@ def _choose(
     timings: list[dict[str, Any]] = []
     sparsities = {name: linear.sparsity for name, linear in found.layers().items()}
     eligible = {name for name, sparsity in sparsities.items() if sparsity >= SPARSE_FROM}
-    if engine == "sparse" and not eligible:
-        best = max(sparsities.values(), default=0.0)
-        raise NoEffect(f"engine='sparse': no layer has {SPARSE_FROM:.0%} zero 4×1 blocks; the most is {best:.1%}")
     fitting = {name for name in eligible if packing.fits_tiles(*found.layers()[name].weight.shape)}
     if path == "amx" and engine == "auto":  # a 4×1 layer would take the whole model off this path
         eligible = fitting

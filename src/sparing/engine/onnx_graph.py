@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparing.engine.pack import GridOf
+from sparing.engine.pack import ATTENTION, GridOf
 
 if TYPE_CHECKING:
     from sparing.engine.compiler import Extracted, Linear
 
 OPSET = 20
-ATTENTION = ("query", "key", "value")
 
 
 class _Graph:

@@ -31,6 +31,8 @@ ENTRY = struct.Struct("<48sII3QQQ")
 DTYPES: tuple[np.dtype[Any], ...] = tuple(np.dtype(code) for code in ("i1", "u1", "<u2", "<i4", "<u4", "<f4", "<u8"))
 """A dtype's number in the table is its place here."""
 ALIGNMENT = 64
+ATTENTION = ("query", "key", "value")
+"""The layers of a block whose outputs its attention reads."""
 MAX_SECTIONS = 1 << 16
 MAX_MANIFEST = 4 << 20
 MAX_TOKENS = 1 << 24

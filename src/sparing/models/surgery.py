@@ -1,14 +1,17 @@
-"""Changing the layers of a finished network: other blocks in the place of some of its own."""
+"""Finished networks: other blocks in the place of some of their own, and running them on inputs of any form."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue, NoEffect
+from sparing.core.predictor.tree import map_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,3 +63,27 @@ def replace_blocks(model: Model, fn: Callable[[str, nn.Module], nn.Module | None
         raise NoEffect(f"replace_blocks: the function kept every module of {type(model).__name__}: {asked or 'none'}")
     changed.__dict__.pop("_sparing_spec", None)  # its builder makes another network
     return changed, replaced
+
+
+def arguments_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, named) inputs of a model: of a tensor, a tuple of positional or a mapping of named ones."""
+
+    def tensor(leaf: Any) -> Any:
+        return torch.from_numpy(np.require(leaf, requirements=["C", "W"])) if isinstance(leaf, np.ndarray) else leaf
+
+    if isinstance(item, Mapping):
+        return (), {str(name): map_leaves(tensor, value) for name, value in item.items()}
+    given = tuple(item) if isinstance(item, tuple | list) else (item,)
+    return tuple(map_leaves(tensor, value) for value in given), {}
+
+
+def run_on(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """What a model answers, without gradients, on the device it is on."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def place(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+    positional, named = inputs
+    with torch.no_grad():
+        return model(*(map_leaves(place, value) for value in positional), **map_leaves(place, named))
