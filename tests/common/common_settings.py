@@ -152,6 +152,11 @@ STEPS = {
         task=few_texts,
         nothing=StepCase(sparing.Compile(kernels="sparse"), before=(TRAIN,), task=few_texts, nothing="is the case"),
     ),
+    "predictive_exit": StepCase(
+        sparing.PredictiveExit(codewords=2, epochs=2, batch_size=16, max_loss=0.9, checkpoint_every_batches=1),
+        before=(TRAIN,),
+        nothing=StepCase(sparing.PredictiveExit(epochs=1), before=(TRAIN,), task=poolings, nothing="is the case"),
+    ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
         after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),

@@ -115,7 +115,7 @@ def candidates(
 def calibrate(
     family: Family | Sequence[Policy],
     exit_logits: Float[np.ndarray, "samples heads classes"],
-    labels: Int[np.ndarray, " samples"],
+    labels: Int[np.ndarray, " labels"],
     cost: CostModel,
     *,
     min_accuracy: float | None = None,

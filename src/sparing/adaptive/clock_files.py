@@ -5,6 +5,7 @@ cpufreq takes kHz in ``scaling_setspeed`` (governor "userspace"); devfreq takes 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,14 +51,20 @@ class Clock:
             raise InvalidValue(f"frequencies = {list(self.frequencies)}; ascending numbers above 0 are expected")
         self._found: list[str] = []
 
+    @property
+    def highest(self) -> int:
+        """The level of the full clock."""
+        return len(self.frequencies) - 1
+
     def __enter__(self) -> Self:
         """Remember the files' values, and go to the highest level."""
         if self.write:
             self._found = [self._read(file) for file in self.files]
         try:
-            self.set(len(self.frequencies) - 1)
+            self.set(self.highest)
         except BaseException:
-            self._restore()
+            with contextlib.suppress(ClockNotSettable):  # the first error says more
+                self._restore()
             raise
         return self
 
@@ -69,8 +76,8 @@ class Clock:
 
     def set(self, level: int) -> None:
         """Go to a level; nothing is written when it is the present one."""
-        if not 0 <= level < len(self.frequencies):
-            raise InvalidValue(f"level = {level}; the clock has levels 0…{len(self.frequencies) - 1}")
+        if not 0 <= level <= self.highest:
+            raise InvalidValue(f"level = {level}; the clock has levels 0…{self.highest}")
         if level == self.level:
             return
         start = self.clock()
@@ -83,14 +90,21 @@ class Clock:
         self.seconds += self.clock() - start
 
     def _restore(self) -> None:
-        if not self._found:
-            return
         now = self.frequencies[self.level] if self.level >= 0 else 0
-        pairs = list(zip(self.files, self._found, strict=True))
-        rising = self._found[-1].isdigit() and int(self._found[-1]) > now
+        self.level = -1  # entered again, the clock has to be set again
+        found, self._found = self._found, []
+        if not found:
+            return
+        pairs = list(zip(self.files, found, strict=True))
+        rising = found[-1].isdigit() and int(found[-1]) > now
+        failed: ClockNotSettable | None = None
         for file, value in reversed(pairs) if rising else pairs:
-            self._put(file, value)
-        self._found = []
+            try:
+                self._put(file, value)
+            except ClockNotSettable as error:  # the other file is put back all the same
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _put(self, file: Path, value: str) -> None:
         self.log.append((file, int(value) if value.isdigit() else -1))

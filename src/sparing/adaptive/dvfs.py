@@ -146,9 +146,10 @@ class EnergyModel:
         """Run every sample of a trace through the governor.
 
         Layers up to the first evaluated exit run at full clock. A forecast sets the level for the layers up to where it
-        points, with the time of that exit and of the switch taken off the slack: a policy with ``single_jump`` so meets
-        the deadline. Where a forecast fails its slack is used up: the rest runs at full clock, and ``late`` tells how
-        many samples that made miss the deadline. The full clock is restored after each sample.
+        points, with the time of that exit and of the switch taken off the slack. A sample that leaves there, as all do
+        with ``single_jump``, meets the deadline, unless no clock could: one that is sent to the final head, or nearly,
+        is late by the exits it was asked at. Where a forecast fails its slack is used up: the rest runs at full clock,
+        and ``late`` tells how many samples miss the deadline. The full clock is restored after each sample.
         """
         rows = np.concatenate([trace.exit_index[:, None], trace.evaluated.astype(np.int64), trace.jumps], axis=1)
         unique, counts = np.unique(rows, axis=0, return_counts=True)
@@ -178,7 +179,9 @@ class EnergyModel:
             if jumps[i] > 0:
                 wanted = top
                 if not forecast_before:  # else that one failed, and its slack is used up
-                    wanted = self._level(i, min(i + int(jumps[i]), exits), deadline - seconds, cost)
+                    asked = np.flatnonzero(evaluated[i + 1 :])  # the activation rule cuts its jumps at the last exit
+                    target = i + 1 + int(asked[0]) if len(asked) else exits
+                    wanted = self.level(i, target, deadline - seconds, cost)
                 forecast_before = True
                 if wanted != level:
                     switches += 1
@@ -189,8 +192,9 @@ class EnergyModel:
             joules += self.static_watts * self.t_switch
         return seconds, joules, full_clock, float(switches)
 
-    def _level(self, here: int, target: int, left_s: float, cost: CostModel) -> int:
-        """The level for the layers after exit ``here`` up to exit (or head) ``target``, with so many seconds left."""
+    def level(self, here: int, target: int, left_s: float, cost: CostModel) -> int:
+        """The level for what follows exit ``here`` (from 0) up to and with exit ``target``, or the final head, with
+        ``left_s`` seconds left. The highest where even that takes longer."""
         work = float(sum(cost.layer_macs[here + 1 : target + 1]))
         work += cost.exit_macs[target] if target < cost.exits else 0.0
         budget = (left_s - self.t_switch) * self.governor.frequencies[-1] * self.hertz * self.macs_per_cycle

@@ -231,7 +231,7 @@ def _put(answers: np.ndarray | None, samples: int, who: np.ndarray, logits: np.n
 def staged(
     model: MultiExitModel, task: Task, places: Sequence[int] | None = None
 ) -> tuple[list[OnnxPredictor], list[OnnxPredictor]]:
-    """(stages, exits) of a trained model as ONNX graphs with a free batch; cut at the exits of ``places``, None: all."""
+    """(stages, exits) of a trained model as ONNX graphs, the batch free; cut at the exits of ``places``, None: all."""
     import torch
 
     from sparing.core.predictor import to_onnx
@@ -275,11 +275,15 @@ def quantised(
 
     def made(part: OnnxPredictor, batches: Sequence[Sequence[np.ndarray]]) -> OnnxPredictor:
         graph, scheme = prepare(part.content), Scheme()
-        if not layers_of(graph):
+        layers = [node.name for node in layers_of(graph)]
+        if not layers:
             return part
+        only = layers if part in exits else []  # a histogram of codewords in 8 bits loses the rare ones
         names = [item.name for item in part.session.get_inputs()]
         feeds = [dict(zip(names, values, strict=True)) for values in batches]
-        return part.with_graph(quantize_onnx(graph, scheme, feeds).SerializeToString(deterministic=True), str(scheme))
+        return part.with_graph(
+            quantize_onnx(graph, scheme, feeds, only).SerializeToString(deterministic=True), str(scheme)
+        )
 
     return (
         [made(stage, fed[i]) for i, stage in enumerate(stages)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,4 +145,6 @@ def train_exits(
     fields: dict[str, Any] = {"optimizer": "Adam", "lr": 1e-3, "batch_size": 128, "epochs": 100}
     chosen = settings or Train(**fields)
     callbacks = [Clock()] if weights == "sdn" else []
-    return fit(model, about, train, val, chosen, plan, seed, progress, callbacks=callbacks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")  # the frozen network is
+        return fit(model, about, train, val, chosen, plan, seed, progress, callbacks=callbacks)

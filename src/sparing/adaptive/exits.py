@@ -18,11 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
 from sparing.adaptive.exit_cost import CostModel
-from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect
 from sparing.core.predictor.module import count_macs
 
 CODEWORDS = 64
-EPSILON = 5e-16
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)
 CONVOLUTIONS = (nn.Conv2d, nn.Conv1d, nn.Conv3d)
 
@@ -59,8 +58,9 @@ class BoFPooling(nn.Module):
 
     def forward(self, x: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n features"]:
         """The pooled histograms."""
-        u = (torch.tanh(self.a * self.codebook(x) + self.c) + 1) / 2
-        u = u / (u.sum(dim=1, keepdim=True) + EPSILON)
+        # (tanh(z) + 1) / 2 = sigmoid(2z), normalised as logarithms: where all codewords are rare the quotient has no
+        # digits left, and the published 5e-16 in its denominator is then all there is
+        u = (-F.softplus(-2 * (self.a * self.codebook(x) + self.c))).softmax(dim=1)
         if self.variant == 1:
             return (F.avg_pool2d(u * self.n1, self.horizon or 1) * self.n2).flatten(1)
         return F.adaptive_avg_pool2d(u, self.pool).flatten(1)
@@ -336,14 +336,15 @@ def attach_exits(
             resolution and width, one pair of linear layers for all (AAAI code, variant 1).
 
     Raises:
-        IncompatibleStep: the model cannot be traced, has no place for an exit, or no map of height and width there.
+        IncompatibleStep: the model cannot be traced, has no map of height and width at an exit, or gives no logits.
+        NoEffect: it has no place for an exit.
         InvalidValue: a name that is no such place, fewer than 2 classes.
     """
     image = torch.as_tensor(example[0])
     graph = traced(copy.deepcopy(model), image)
     places = exit_layers(graph)
     if not places:
-        raise IncompatibleStep(
+        raise NoEffect(
             f"{type(model).__name__} has no place for an exit: looked for a convolution, perhaps a batch norm, then an "
             "activation, and for a residual sum followed by an activation"
         )

@@ -114,6 +114,7 @@ class FullNetworkPolicy(Policy):
 class _Placed(Walk):
     def __init__(self, samples: int, exits: int, rule: ConfidenceRule, placed: frozenset[int]) -> None:
         super().__init__(samples, exits)
+        _check_thresholds(rule, exits)
         self.rule, self.placed = rule, placed
         self.last = np.full(samples, -1)
         self.agreeing = np.zeros(samples, dtype=np.int64)
@@ -224,9 +225,7 @@ class PredictiveExitPolicy(Policy):
         """A walk that asks for the exits that are forecast."""
         if not 1 <= self.start <= exits:
             raise InvalidValue(f"start = {self.start}; the network has exits 1…{exits}")
-        rule = self.predictor.rule
-        if rule.kind == "activation" and len(rule.thresholds) != exits:
-            raise InvalidValue(f"the rule has thresholds of {len(rule.thresholds)} exits; the network has {exits}")
+        _check_thresholds(self.predictor.rule, exits)
         return _Predictive(samples, exits, self)
 
 
@@ -269,6 +268,11 @@ def policy_from(config: Mapping[str, Any]) -> Policy:
     except ValidationError as error:
         first = error.errors()[0]
         raise CorruptFile(f"policy: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+def _check_thresholds(rule: ConfidenceRule, exits: int) -> None:
+    if rule.kind == "activation" and len(rule.thresholds) != exits:
+        raise InvalidValue(f"the rule has thresholds of {len(rule.thresholds)} exits; the network has {exits}")
 
 
 def _plain(value: Any) -> Any:
