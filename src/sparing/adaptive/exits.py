@@ -164,7 +164,9 @@ def traced(model: nn.Module, example: Tensor, purpose: str = "exits") -> fx.Grap
     graph.graph.eliminate_dead_code()
     graph.recompile()
     if sum(node.op == "placeholder" for node in graph.graph.nodes) != 1:
-        raise IncompatibleStep(f"{type(model).__name__} takes several inputs; {purpose} need a model of one image tensor")
+        raise IncompatibleStep(
+            f"{type(model).__name__} takes several inputs; {purpose} need a model of one image tensor"
+        )
     return graph
 
 
