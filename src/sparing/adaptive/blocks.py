@@ -193,7 +193,7 @@ def detect_blocks(
             convolution that is called several times counts once.
 
     Raises:
-        InvalidValue: ``max_ratio`` outside its range, fewer than two convolutions, or lists that do not describe a graph.
+        InvalidValue: ``max_ratio`` outside its range, fewer than two convolutions, or lists that describe no graph.
     """
     _check_ratio(max_ratio)
     graph = _Graph(nodes, op_types, inputs, kinds, modules)
@@ -335,8 +335,8 @@ def extract_blocks(
         }
         if len(reads) != 1:
             raise IncompatibleStep(
-                f"the block {block.nodes[0]} … {block.end} reads {', '.join(sorted(reads)) or 'nothing'}; one tensor is "
-                "needed: give boundaries"
+                f"the block {block.nodes[0]} … {block.end} reads {', '.join(sorted(reads)) or 'nothing'}; one tensor "
+                "is needed: give boundaries"
             )
         blocks.append(Block(**{**block.__dict__, "input": reads.pop()}))
     if not blocks:

@@ -1,8 +1,8 @@
 """Smaller versions of each block, all with the block's input and output: filters leave, and the block really shrinks.
 
 Han et al. 2021, LegoDNN, MobiCom, arXiv:2112.09852; filters by the L1 norm of Li et al. 2017, arXiv:1608.08710,
-section 3.1. Which channels belong together is worked out on the block's ``torch.fx`` graph: each filter is a unit, and a
-unit is followed through whatever acts on channels alone, up to the layers that read it. Channels that meet in a sum are
+section 3.1. Which channels belong together is worked out on the block's ``torch.fx`` graph: each filter is a unit, and
+a unit is followed through whatever acts on channels alone, up to the layers that read it. Channels that meet in a sum are
 one unit and leave jointly; a unit that reaches the block's output, or an operation that is not known, stays.
 """
 
