@@ -135,10 +135,12 @@ def distill_blocks(
     return losses
 
 
+Options = tuple[int, float, float, bool, int]
+"""epochs, lr, alpha, freeze_bn, seed"""
 Rows = dict[tuple[int, int], tuple[dict[str, Tensor], list[float]]]
 
 
-def _in_jobs(zoo: BlockZoo, loader: Batches, n_jobs: int, options: Any, progress: Progress | None) -> Rows:
+def _in_jobs(zoo: BlockZoo, loader: Batches, n_jobs: int, options: Options, progress: Progress | None) -> Rows:
     from joblib import Parallel, delayed
 
     rows: Rows = {}
@@ -153,7 +155,7 @@ def _in_jobs(zoo: BlockZoo, loader: Batches, n_jobs: int, options: Any, progress
     return rows
 
 
-def _job(zoo: BlockZoo, number: int, loader: Batches, options: Any) -> Rows:
+def _job(zoo: BlockZoo, number: int, loader: Batches, options: Options) -> Rows:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -307,6 +307,9 @@ def extract_blocks(
     example = example_input[:1].detach().clone()
     copied = copy.deepcopy(model).eval()
     whole = traced(copied, example, "blocks")
+    for node in whole.graph.nodes:
+        node.type = None  # annotations of shapes, which cannot be sent to another process
+    whole.recompile()
     listed = [node for node in whole.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     known = {node.name for node in listed}
     modules = dict(whole.named_modules())

@@ -1,9 +1,9 @@
 """Smaller versions of each block, all with the block's input and output: filters leave, and the block really shrinks.
 
 Han et al. 2021, LegoDNN, MobiCom, arXiv:2112.09852; filters by the L1 norm of Li et al. 2017, arXiv:1608.08710,
-section 3.1. Which channels belong together is worked out on the block's ``torch.fx`` graph: each filter is a unit, and
-a unit is followed through whatever acts on channels alone, up to the layers that read it. Channels that meet in a sum are
-one unit and leave jointly; a unit that reaches the block's output, or an operation that is not known, stays.
+section 3.1. Which channels belong together is worked out on the block's ``torch.fx`` graph: each filter is a unit that
+is followed through whatever acts on channels alone, up to the layers that read it. Channels that meet in a sum are one
+unit and leave jointly; a unit that reaches the block's output, or an operation that is not known, stays.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def kept_filters(scores: Tensor, sparsity: float) -> Tensor:
 
 def filter_scores(layer: nn.Module, scorer: Scorer = "l1") -> Tensor:
     """A layer's filters' scores, (F,): the norm of each one's weights, or what a function of (F, …) gives."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[assignment, union-attr, operator]
+    weight: Tensor = layer.get_parameter("weight").detach()
     flat = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(1)
     if callable(scorer):
         scores = scorer(flat)
@@ -150,7 +150,7 @@ class _Channels(fx.Interpreter):
             parts = node.args[0] if node.args else node.kwargs.get("tensors", ())
             if along not in (1, 1 - len(self.shapes[node])) or not isinstance(parts, list | tuple):
                 return None
-            return [unit for part in parts for unit in self.labels[part]]  # type: ignore[index]
+            return [unit for part in parts for unit in self.labels[part]]
         if node.target in SUMS or (node.op == "call_method" and name in SUM_METHODS):
             if len(tensors) == 1:
                 return self.labels[tensors[0]]
