@@ -306,10 +306,7 @@ def extract_blocks(
     _check_ratio(max_ratio)
     example = example_input[:1].detach().clone()
     copied = copy.deepcopy(model).eval()
-    whole = traced(copied, example, "blocks")
-    for node in whole.graph.nodes:
-        node.type = None  # annotations of shapes, which cannot be sent to another process
-    whole.recompile()
+    whole = _portable(traced(copied, example, "blocks"))
     listed = [node for node in whole.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     known = {node.name for node in listed}
     modules = dict(whole.named_modules())
@@ -350,6 +347,15 @@ def extract_blocks(
         )
     kept = Recorder(whole, [block.input for block in blocks]).record(example)
     return BlockGraph(whole, tuple(blocks), example, tuple(kept[block.input] for block in blocks))
+
+
+def _portable(whole: fx.GraphModule) -> fx.GraphModule:
+    """Without what cannot be sent to another process: annotations of shapes, and who traced it."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(whole.graph, {}))
+    for node in graph.nodes:
+        node.type = None
+    return fx.GraphModule(whole, graph).eval()
 
 
 def _function(node: fx.Node) -> str:
