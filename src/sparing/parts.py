@@ -156,6 +156,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear "
             "layer.",
         ),
+        "resnet": Part(
+            "sparing.models.resnet:ResNet",
+            "Residual network of basic blocks: stem, stages at halving resolution, mean over positions, linear layer.",
+        ),
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",

@@ -260,6 +260,7 @@ MODELS = {
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
+    "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mlp": ModelCase("mlp", Digits, {"widths": [8], "dropout": 0.1}),
 }

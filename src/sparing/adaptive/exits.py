@@ -147,21 +147,26 @@ class _Tracer(fx.Tracer):
         return self.values[node]
 
 
-def traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """``torch.fx``'s graph of a model; raises :class:`IncompatibleStep` with the reason where there is none."""
+def traced(model: nn.Module, example: Tensor, purpose: str = "exits") -> fx.GraphModule:
+    """``torch.fx``'s graph of a model; raises :class:`IncompatibleStep` with the reason where there is none.
+
+    ``purpose``: what the messages say the graph is needed for.
+    """
     try:
         tracer = _Tracer(example)
         with torch.no_grad():
             graph = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:  # tracing runs the model's own code, which raises anything
         raise IncompatibleStep(
-            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {error}); exits need a "
-            "model whose way does not depend on its input's values"
+            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {error}); {purpose} "
+            "need a model whose way does not depend on its input's values"
         ) from error
     graph.graph.eliminate_dead_code()
     graph.recompile()
     if sum(node.op == "placeholder" for node in graph.graph.nodes) != 1:
-        raise IncompatibleStep(f"{type(model).__name__} takes several inputs; exits need a model of one image tensor")
+        raise IncompatibleStep(
+            f"{type(model).__name__} takes several inputs; {purpose} need a model of one image tensor"
+        )
     return graph
 
 

@@ -54,7 +54,7 @@ def cut(traced: fx.GraphModule, blocks: Sequence[Sequence[str]]) -> tuple[Layout
     pieces: list[Piece] = []
     frame: dict[int, fx.GraphModule] = {}
     for start, stop, block in stretches:
-        inputs, outputs, module = _stretch(traced, nodes[start:stop])
+        inputs, outputs, module = stretch(traced, nodes[start:stop])
         if block is None:
             frame[len(pieces)] = module
         elif len(inputs) != 1 or len(outputs) != 1:
@@ -79,7 +79,7 @@ def _named(tree: Any) -> Any:
     raise InvalidValue(f"the network gives {shown(tree)}, which none of its operations makes")
 
 
-def _stretch(
+def stretch(
     traced: fx.GraphModule, nodes: Sequence[fx.Node]
 ) -> tuple[tuple[str, ...], tuple[str, ...], fx.GraphModule]:
     """(names read, names given, a module) of successive nodes."""
@@ -213,4 +213,4 @@ class _Disk:
         return made.eval().requires_grad_(requires_grad=False)
 
 
-__all__ = ["LegoModel", "Residency", "cut"]
+__all__ = ["LegoModel", "Residency", "cut", "stretch"]
