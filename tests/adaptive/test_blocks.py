@@ -88,12 +88,12 @@ def test_a_convolution_that_is_called_twice_counts_once_and_stays_in_one_block()
 
 
 def test_a_convolution_that_is_also_called_elsewhere_is_in_no_block() -> None:
-    names = ["a", "again", "b", "again_1", "c", "d"]
-    inputs = [[], ["a"], ["again"], ["b"], ["again_1"], ["c"]]
-    modules = ["a", "again", "b", "again", "c", "d"]
+    names = ["a", "again", "b", "c", "again_1", "d"]
+    inputs = [[], *([name] for name in names[:-1])]
+    modules = ["a", "again", "b", "c", "again", "d"]
     given = (names, ["Conv2d"] * 6, inputs, ["module"] * 6, 0.4)
-    assert [block.nodes for block in detect_blocks(*given)] == [("a", "again"), ("b", "again_1"), ("c", "d")]
-    assert [block.nodes for block in detect_blocks(*given, modules=modules)] == [("c", "d")]
+    assert [block.nodes for block in detect_blocks(*given)] == [("a", "again"), ("b", "c"), ("again_1", "d")]
+    assert [block.nodes for block in detect_blocks(*given, modules=modules)] == [("b", "c")]
 
 
 def test_a_block_reads_one_tensor() -> None:
