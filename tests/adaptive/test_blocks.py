@@ -91,7 +91,7 @@ def test_a_convolution_that_is_also_called_elsewhere_is_in_no_block() -> None:
     names = ["a", "again", "b", "c", "again_1", "d"]
     inputs = [[], *([name] for name in names[:-1])]
     modules = ["a", "again", "b", "c", "again", "d"]
-    given = (names, ["Conv2d"] * 6, inputs, ["module"] * 6, 0.4)
+    given: Any = (names, ["Conv2d"] * 6, inputs, ["module"] * 6, 0.4)
     assert [block.nodes for block in detect_blocks(*given)] == [("a", "again"), ("b", "c"), ("again_1", "d")]
     assert [block.nodes for block in detect_blocks(*given, modules=modules)] == [("b", "c")]
 

@@ -93,6 +93,7 @@ def l1(layer: Any) -> Tensor:
 def compare(block: nn.Module, prunable: Sequence[str], channels: int, readers: dict[str, Tensor], s: float) -> Any:
     for layer in block.modules():
         if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean is not None
             nn.init.uniform_(layer.running_mean)
             nn.init.uniform_(layer.weight, 0.5, 2)
     block.eval()
