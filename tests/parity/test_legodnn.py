@@ -35,9 +35,8 @@ def detection(cases: list[dict[str, Any]]) -> int:
         where = f"{case['net']} at {case['max_ratio']}"
         known = DESCRIBED | PER_BLOCK | {"min_conv", "max_conv"}
         assert set(case) == known, f"{where}: {sorted(set(case) ^ known)} are missing or not understood"
-        graph = [case[key] for key in ("nodes", "op_types", "inputs", "kinds")]
         type_of = dict(zip(case["nodes"], case["op_types"], strict=True))
-        blocks = detect_blocks(*graph, case["max_ratio"])
+        blocks = detect_blocks(case["nodes"], case["op_types"], case["inputs"], case["kinds"], case["max_ratio"])
         total = sum(kind in COMPRESSIBLE for kind in case["op_types"])
         assert case["min_conv"] == MIN_CONVOLUTIONS
         assert case["max_conv"] == max(int(total * case["max_ratio"]), MIN_CONVOLUTIONS), where

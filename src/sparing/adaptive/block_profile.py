@@ -123,11 +123,12 @@ def profile_latency(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Time at batch 1: (seconds of the original blocks (B,), share that each descendant saves (B, S), of the network).
 
-    The blocks of one row take turns, so that what else the machine does meets all of them alike.
+    The descendants of a block take turns, so that what else the machine does meets all of them alike, and the mean is
+    over the middle half of the runs, so that a single interruption does not count.
 
     Args:
         zoo: blocks and descendants.
-        runs: calls that are averaged.
+        runs: calls of each.
         warmup: calls before them.
         runtime: "module" (torch) or "onnxruntime", one graph for each descendant.
     """
@@ -142,7 +143,7 @@ def profile_latency(
             for row, x in zip(zoo.blocks, zoo.graph.block_inputs, strict=True)
         ]
     )
-    (whole,) = _seconds([_call(zoo.graph.module, zoo.graph.example, runtime)], runs, warmup)
+    whole = float(_seconds([_call(zoo.graph.module, zoo.graph.example, runtime)], runs, warmup)[0])
     rel = (seconds[:, :1] - seconds) / seconds[:, :1]
     return seconds[:, 0], rel, whole
 
@@ -156,17 +157,18 @@ def _call(module: nn.Module, x: Tensor, runtime: Runtime) -> Callable[[], Any]:
     return lambda: made(array)
 
 
-def _seconds(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> list[float]:
-    """Mean seconds of each call."""
-    sums = [0.0] * len(calls)
+def _seconds(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
+    """Seconds of each call, mean of the middle half of its runs."""
+    taken = np.zeros((runs, len(calls)))
     with torch.inference_mode():
         for number in range(-warmup, runs):
             for i, call in enumerate(calls):
                 start = time.perf_counter()
                 call()
                 if number >= 0:
-                    sums[i] += time.perf_counter() - start
-    return [total / runs for total in sums]
+                    taken[number, i] = time.perf_counter() - start
+    taken.sort(axis=0)
+    return taken[runs // 4 : runs - runs // 4].mean(axis=0)
 
 
 def profile_blocks(

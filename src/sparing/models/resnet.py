@@ -57,7 +57,7 @@ class ResNet(nn.Module):
         stem: "small" (3×3 convolution at full resolution, for images of some 32 pixels) or "large" (7×7 convolution
             of stride 2 and max pooling of stride 2, for photographs).
 
-    The default has 0.7 M parameters. ``widths=(64, 128, 256, 512)`` with ``depths=(2, 2, 2, 2)`` is ResNet-18, with
+    The default has 0.7 M parameters. ``widths=(64, 128, 256, 512)`` with ``depths=2`` is ResNet-18, with
     ``depths=(3, 4, 6, 3)`` ResNet-34.
     """
 
@@ -66,7 +66,7 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         num_classes: int = 10,
         widths: Sequence[int] = (16, 32, 64, 128),
-        depths: int | Sequence[int] = (2, 2, 2, 2),
+        depths: int | Sequence[int] = 2,
         stem: Literal["small", "large"] = "small",
     ) -> None:
         super().__init__()
