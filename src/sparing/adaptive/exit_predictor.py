@@ -217,8 +217,9 @@ def _arrays(tree: Any) -> list[np.ndarray]:
 
 
 def _run(part: OnnxPredictor, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    names = [item.name for item in part.session.get_inputs()]
-    return list(part.session.run(None, dict(zip(names, values, strict=True))))
+    session = part.session
+    names = [item.name for item in session.get_inputs()]
+    return list(session.run(None, dict(zip(names, values, strict=True))))
 
 
 def _put(answers: np.ndarray | None, samples: int, who: np.ndarray, logits: np.ndarray) -> np.ndarray:

@@ -22,6 +22,9 @@ from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect
 from sparing.core.predictor.module import count_macs
 
 CODEWORDS = 64
+EPSILON = 5e-16
+LOWEST = -40.0
+"""Its exponential still is a number in single precision."""
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)
 CONVOLUTIONS = (nn.Conv2d, nn.Conv1d, nn.Conv3d)
 
@@ -58,9 +61,10 @@ class BoFPooling(nn.Module):
 
     def forward(self, x: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n features"]:
         """The pooled histograms."""
-        # (tanh(z) + 1) / 2 = sigmoid(2z), normalised as logarithms: where all codewords are rare the quotient has no
-        # digits left, and the published 5e-16 in its denominator is then all there is
-        u = (-F.softplus(-2 * (self.a * self.codebook(x) + self.c))).softmax(dim=1)
+        # (tanh(z) + 1) / 2 = 1 / (1 + exp(-2z)), which keeps its digits where a codeword is rare: where all are, the
+        # quotient below is made of them
+        u = 1 / (1 + torch.exp(-2 * (self.a * self.codebook(x) + self.c).clamp(min=LOWEST)))
+        u = u / (u.sum(dim=1, keepdim=True) + EPSILON)
         if self.variant == 1:
             return (F.avg_pool2d(u * self.n1, self.horizon or 1) * self.n2).flatten(1)
         return F.adaptive_avg_pool2d(u, self.pool).flatten(1)

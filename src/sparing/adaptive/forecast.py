@@ -6,6 +6,7 @@ is ``len(kernel) · classes`` multiply-accumulates a round, next to nothing besi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from sparing.adaptive.confidence import ConfidenceRule, checked, log_softmax
+from sparing.adaptive.confidence import ConfidenceRule, checked, log_softmax, magnitude
 from sparing.core.errors import InvalidValue
 
 
@@ -80,29 +81,41 @@ class ExitPredictor:
         else:
             last = ahead if single_jump else min(self.max_round, ahead)
             rounds = last - 1
-        streams = [np.asarray(logits, dtype=np.float64)]
-        for age, before in enumerate(earlier[: self.history - 1], start=1):
-            streams.append(np.asarray(before, dtype=np.float64))
-            for _ in range(age):
-                streams[-1] = convolved(streams[-1], self.kernel)
         jump = np.full(len(logits), last)
-        open_ = np.ones(len(logits), dtype=bool)
-        for r in range(1, rounds + 1):
-            streams = [convolved(stream, self.kernel) for stream in streams]
-            passing = open_ & self._passes(streams, layer + r - 1)
-            jump[passing] = r
-            open_ &= ~passing
-            if not open_.any():
-                break
+        if rounds:
+            passing = self._passing(logits, earlier[: self.history - 1], layer, rounds)
+            found = passing.any(axis=1)
+            jump[found] = passing[found].argmax(axis=1) + 1
         return jump
 
-    def _passes(self, streams: list[np.ndarray], exit_: int) -> np.ndarray:
+    def _passing(self, logits: np.ndarray, earlier: Sequence[np.ndarray], layer: int, rounds: int) -> np.ndarray:
+        """(samples, rounds) whether the logits after so many rounds pass."""
+        powers = _powers(self.kernel, logits.shape[-1], rounds + len(earlier))
+        ahead = np.asarray(logits, dtype=np.float64) @ powers[:rounds]
+        ahead = ahead.swapaxes(0, 1)
+        if self.rule.kind == "activation":
+            reached = np.minimum(layer + np.arange(rounds), len(self.rule.thresholds) - 1)
+            return magnitude(ahead) > self.rule.threshold * np.asarray(self.rule.thresholds)[reached]
         if self.history == 1:
-            return self.rule.passes(streams[0], exit_, strict=True)
-        weights = np.arange(1, len(streams) + 1)[:, None]
-        known = np.stack([np.isfinite(stream).all(axis=-1) for stream in streams])
-        best = np.stack([np.exp(log_softmax(np.where(np.isfinite(s), s, 0.0)).max(axis=-1)) for s in streams])
-        return (weights * best * known).sum(axis=0) > self.rule.threshold * (weights * known).sum(axis=0)
+            return self.rule.passes(ahead, layer, strict=True)
+        sure, weights = np.exp(log_softmax(ahead).max(axis=-1)), np.ones((len(logits), 1))
+        for age, before in enumerate(earlier, start=1):
+            known = np.isfinite(before).all(axis=-1)
+            older = np.where(known[:, None], before, 0.0) @ powers[age : age + rounds]
+            weight = (age + 1) * known[:, None]
+            sure = sure + weight * np.exp(log_softmax(older.swapaxes(0, 1)).max(axis=-1))
+            weights = weights + weight
+        return sure > self.rule.threshold * weights
+
+
+@functools.cache
+def _powers(kernel: tuple[float, ...], classes: int, rounds: int) -> np.ndarray:
+    """(rounds, classes, classes) what one, two, … rounds of the convolution do to a row of logits."""
+    once = convolved(np.eye(classes), kernel)
+    powers = [once]
+    for _ in range(rounds - 1):
+        powers.append(powers[-1] @ once)
+    return np.stack(powers)
 
 
 @dataclass(frozen=True)
