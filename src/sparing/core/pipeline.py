@@ -332,10 +332,11 @@ def _same_name(old: Task, new: Task) -> str:
 def _check_one(step: Step, place: str, stand: _Standing, problems: list[str]) -> None:
     for need in sorted(step.needs - stand.capabilities):
         givers = _steps_with("gives", need)
-        if need in stand.removed:
-            cure = f"{stand.removed[need]} takes it away; put {step.id!r} before that"
-        elif givers:
-            cure = f"steps that give it: {', '.join(givers)}"
+        taken = f"{stand.removed[need]} takes it away; " if need in stand.removed else ""
+        if givers:
+            cure = f"{taken}steps that give it: {', '.join(givers)}"
+        elif taken:
+            cure = f"{taken}put {step.id!r} before that"
         else:
             cure = "no installed step gives it: it comes with the task or the model"
         problems.append(f"{place}: {step.id!r} needs {need!r}, which the job does not have there; {cure}")
