@@ -31,13 +31,13 @@ def entropy(logits: Float[np.ndarray, "*samples classes"]) -> Float[np.ndarray, 
 
 
 def magnitude(logits: Float[np.ndarray, "*samples classes"]) -> Float[np.ndarray, " *samples"]:
-    """max(|largest logit|, |smallest logit|), the activation rule's measure."""
+    """The largest absolute value of the largest and the smallest logit, the activation rule's measure."""
     values = np.asarray(logits, dtype=np.float64)
     return np.maximum(np.abs(values.max(axis=-1)), np.abs(values.min(axis=-1)))
 
 
 def activation_thresholds(logits: Float[np.ndarray, "samples exits classes"]) -> Float[np.ndarray, " exits"]:
-    """t_i = |mean of all logits of exit i| over training samples and classes.
+    """t_i: the absolute value of the mean of all logits of exit i, over training samples and classes.
 
     Raises :class:`InvalidValue` for no samples, and NaN or infinite logits.
     """
