@@ -17,6 +17,8 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         "1"  # sums must not depend on the number of cores; read when torch and NumPy are first loaded
     )
 
+os.environ.pop("COLUMNS", None)  # the command line lays out for a pipe, whoever starts the tests
+
 IN_CI = os.environ.get("CI", "").lower() not in {"", "0", "false"}
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=200, print_blob=True)
 settings.register_profile("dev", deadline=None, max_examples=50)

@@ -9,6 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.adaptive.calibration import calibrate
+    from sparing.adaptive.confidence import ConfidenceRule
+    from sparing.adaptive.dvfs import DVFSGovernor, EnergyModel
+    from sparing.adaptive.exit_cost import CostModel
+    from sparing.adaptive.exit_predictor import EarlyExitPredictor
+    from sparing.adaptive.exit_training import train_exits
+    from sparing.adaptive.exits import BoFExit, MultiExitModel, attach_exits
+    from sparing.adaptive.forecast import ExitPredictor
+    from sparing.adaptive.policies import EveryExitPolicy, OraclePolicy, PlacedExitPolicy, PredictiveExitPolicy
+    from sparing.adaptive.predictive_exit import PredictiveExit
     from sparing.compression.compiling import Compile, compile_model
     from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
     from sparing.compression.pruning_lightning import BlockPruning
@@ -63,6 +73,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparing.adaptive.calibration": ("calibrate",),
+    "sparing.adaptive.confidence": ("ConfidenceRule",),
+    "sparing.adaptive.dvfs": ("DVFSGovernor", "EnergyModel"),
+    "sparing.adaptive.exit_cost": ("CostModel",),
+    "sparing.adaptive.exit_predictor": ("EarlyExitPredictor",),
+    "sparing.adaptive.exit_training": ("train_exits",),
+    "sparing.adaptive.exits": ("BoFExit", "MultiExitModel", "attach_exits"),
+    "sparing.adaptive.forecast": ("ExitPredictor",),
+    "sparing.adaptive.policies": ("EveryExitPolicy", "OraclePolicy", "PlacedExitPolicy", "PredictiveExitPolicy"),
+    "sparing.adaptive.predictive_exit": ("PredictiveExit",),
     "sparing.compression.compiling": ("Compile", "compile_model"),
     "sparing.compression.pruning": (
         "BlockMagnitudePruner",
@@ -128,15 +148,23 @@ __all__ = [
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
+    "BoFExit",
     "Compile",
+    "ConfidenceRule",
     "CorruptFile",
+    "CostModel",
     "CubicSchedule",
     "CustomTask",
+    "DVFSGovernor",
     "DataError",
     "Distil",
     "DistillationLoss",
+    "EarlyExitPredictor",
     "Ema",
+    "EnergyModel",
     "Engine",
+    "EveryExitPolicy",
+    "ExitPredictor",
     "Export",
     "ImageClassification",
     "IncompatibleStep",
@@ -147,9 +175,14 @@ __all__ = [
     "Ledger",
     "LockPattern",
     "MissingDependency",
+    "MultiExitModel",
     "NoEffect",
     "NodeClassification",
     "NotExportable",
+    "OraclePolicy",
+    "PlacedExitPolicy",
+    "PredictiveExit",
+    "PredictiveExitPolicy",
     "Quantize",
     "RecipeError",
     "Shrink",
@@ -170,7 +203,9 @@ __all__ = [
     "WordPiece",
     "__version__",
     "apply_leap",
+    "attach_exits",
     "build_model",
+    "calibrate",
     "compile_encoder",
     "compile_model",
     "cost_report",
@@ -188,6 +223,7 @@ __all__ = [
     "shrink",
     "squad_metrics",
     "step",
+    "train_exits",
     "train_wordpiece",
     "tune_production",
 ]

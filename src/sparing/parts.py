@@ -109,6 +109,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.optimization.leap:Leap",
             "Multiply each parameter's learning rate in the next training by Gaussian noise of mean 1.",
         ),
+        "predictive_exit": Part(
+            "sparing.adaptive.predictive_exit:PredictiveExit",
+            "Let easy samples leave early: exits are trained, and forecasts say where a sample will be sure enough.",
+        ),
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
             "INT8 weights and activations through ONNX Runtime, kept only when they win.",
@@ -152,6 +156,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear "
             "layer.",
         ),
+        "resnet": Part(
+            "sparing.models.resnet:ResNet",
+            "Residual network of basic blocks: stem, stages at halving resolution, mean over positions, linear layer.",
+        ),
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
@@ -162,9 +170,17 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "predictors": {
+        "early_exit": Part(
+            "sparing.adaptive.exit_predictor:EarlyExitPredictor",
+            "Stages and exits in ONNX Runtime, and the policy that chooses among them.",
+        ),
         "engine": Part(
             "sparing.engine.predictor:EnginePredictor",
             "An :class:`~sparing.engine.runtime.Engine` on token numbers (N, T), padded behind, to the head's output.",
+        ),
+        "lego": Part(
+            "sparing.adaptive.lego_predictor:LegoPredictor",
+            "A network of ONNX graphs whose blocks are exchanged while it serves.",
         ),
         "module": Part(
             "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."

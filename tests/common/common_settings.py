@@ -152,6 +152,11 @@ STEPS = {
         task=few_texts,
         nothing=StepCase(sparing.Compile(kernels="sparse"), before=(TRAIN,), task=few_texts, nothing="is the case"),
     ),
+    "predictive_exit": StepCase(
+        sparing.PredictiveExit(codewords=2, epochs=2, batch_size=16, max_loss=0.9, checkpoint_every_batches=1),
+        before=(TRAIN,),
+        nothing=StepCase(sparing.PredictiveExit(epochs=1), before=(TRAIN,), task=poolings, nothing="is the case"),
+    ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
         after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
@@ -255,6 +260,7 @@ MODELS = {
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
+    "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mlp": ModelCase("mlp", Digits, {"widths": [8], "dropout": 0.1}),
 }

@@ -19,6 +19,7 @@ from sparing.parts import PARTS
 ENTRIES = [(kind, name) for kind in PARTS for name in PARTS[kind]]
 NOT_BY_NAME = {
     "CustomTask": "is made of live data sets and functions",
+    "ExitTask": "is another task as a network with exits sees it",
     "ImageClassification": "is the base of image tasks",
     "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",

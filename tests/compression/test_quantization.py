@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_accepted_keeps_fp32_with_figures(
     task: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = clocked(monkeypatch, fp32=1.0, int8=0.1)
-    monkeypatch.setattr("sparing.compression.quantization._counts", lambda layers: [])
+    monkeypatch.setattr("sparing.compression.quantization.attempts", lambda layers: [])
     job = job_of(task, fragile(task), tmp_path)
     after = Quantize(max_loss=0.0).apply(job)
     assert job.notes.outcome == KEPT_FP32

@@ -14,7 +14,9 @@ from sparing.tasks.images.digits import Digits
 
 
 @pytest.mark.parametrize(
-    "alone", ["cat.jpg", Path("cat.jpg"), b"\xff\xd8", Image.fromarray(np.zeros((8, 8), np.uint8)), 5], ids=str
+    "alone",
+    ["cat.jpg", Path("cat.jpg"), b"\xff\xd8", Image.fromarray(np.zeros((8, 8), np.uint8)), 5],
+    ids=lambda v: type(v).__name__,
 )
 def test_one_raw_input_that_is_no_list_is_refused(alone):
     task = Digits()

@@ -252,14 +252,18 @@ class _Standing:
     promises: dict[str, tuple[Step, str]] = field(default_factory=dict)
     at_risk: set[str] = field(default_factory=set)
     """Promises that the next training would undo."""
+    removed: dict[str, str] = field(default_factory=dict)
+    """Capability → the step that took it away."""
 
     def copy(self) -> _Standing:
-        return _Standing(set(self.capabilities), self.task, list(self.rows), dict(self.slots))
+        return _Standing(
+            set(self.capabilities), self.task, list(self.rows), dict(self.slots), removed=dict(self.removed)
+        )
 
 
 def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problems: list[str]) -> None:
     for place, step in steps:
-        _check_one(step, place, stand.capabilities, stand.rows, problems)
+        _check_one(step, place, stand, problems)
         try:
             step.check(stand.task)
         except SparingError as error:
@@ -273,6 +277,7 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
                 problems.append(f"{place}: {step.id!r} {problem}")
             stand.capabilities = (stand.capabilities - stand.task.capabilities) | target.capabilities
             stand.task = target
+        stand.removed |= dict.fromkeys(step.removes & stand.capabilities, f"{step.id!r} at {place}")
         stand.capabilities = (stand.capabilities - step.removes) | step.gives
         for promise in step.realises:
             maker, made = stand.promises.pop(promise, (None, ""))
@@ -324,20 +329,22 @@ def _same_name(old: Task, new: Task) -> str:
     )
 
 
-def _check_one(step: Step, place: str, capabilities: set[str], rows: list[str], problems: list[str]) -> None:
-    for need in sorted(step.needs - capabilities):
+def _check_one(step: Step, place: str, stand: _Standing, problems: list[str]) -> None:
+    for need in sorted(step.needs - stand.capabilities):
         givers = _steps_with("gives", need)
-        cure = (
-            f"steps that give it: {', '.join(givers)}"
-            if givers
-            else "no installed step gives it: it comes with the task or the model"
-        )
+        taken = f"{stand.removed[need]} takes it away; " if need in stand.removed else ""
+        if givers:
+            cure = f"{taken}steps that give it: {', '.join(givers)}"
+        elif taken:
+            cure = f"{taken}put {step.id!r} before that"
+        else:
+            cure = "no installed step gives it: it comes with the task or the model"
         problems.append(f"{place}: {step.id!r} needs {need!r}, which the job does not have there; {cure}")
     for field_name, row in step.row_references().items():
-        if row not in rows:
-            known = f"Earlier rows with a model: {', '.join(rows) or 'none'}"
+        if row not in stand.rows:
+            known = f"Earlier rows with a model: {', '.join(stand.rows) or 'none'}"
             problems.append(
-                f"{place}: {step.name}.{field_name} = {row!r} names no such row.{did_you_mean(row, rows)} {known}"
+                f"{place}: {step.name}.{field_name} = {row!r} names no such row.{did_you_mean(row, stand.rows)} {known}"
             )
 
 

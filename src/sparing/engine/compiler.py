@@ -120,6 +120,9 @@ def compile_encoder(
             raise NoEffect(
                 f"engine={engine!r}: none of the {len(found.layers())} layers is INT8; quantise the model first"
             )
+        best = max(linear.sparsity for linear in found.layers().values())
+        if engine == "sparse" and best < SPARSE_FROM:
+            raise NoEffect(f"engine='sparse': no layer has {SPARSE_FROM:.0%} zero 4×1 blocks; the most is {best:.1%}")
         return _native(found, max_batch, max_length, engine, tokens, isa, f"engine={engine!r} was asked for")
     reason = ""
     if engine == "onnxruntime":
@@ -349,9 +352,6 @@ def _choose(
     timings: list[dict[str, Any]] = []
     sparsities = {name: linear.sparsity for name, linear in found.layers().items()}
     eligible = {name for name, sparsity in sparsities.items() if sparsity >= SPARSE_FROM}
-    if engine == "sparse" and not eligible:
-        best = max(sparsities.values(), default=0.0)
-        raise NoEffect(f"engine='sparse': no layer has {SPARSE_FROM:.0%} zero 4×1 blocks; the most is {best:.1%}")
     fitting = {name for name in eligible if packing.fits_tiles(*found.layers()[name].weight.shape)}
     if path == "amx" and engine == "auto":  # a 4×1 layer would take the whole model off this path
         eligible = fitting
