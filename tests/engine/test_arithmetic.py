@@ -63,7 +63,11 @@ def test_ranges() -> None:
 
 
 @given(
-    st_numpy.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.floats(-4, 4, width=32))
+    st_numpy.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 6), st.integers(1, 9)),
+        elements=st.floats(-4, 4, width=32, allow_subnormal=False),
+    )
 )
 def test_rounding_is_off_by_half_a_step_at_most(x: np.ndarray) -> None:
     scale, zero = A.activation_scale(*A.activation_range(x))
@@ -93,6 +97,7 @@ def test_the_linear_layer_is_the_products_of_the_rounded_numbers() -> None:
         (lambda: A.activation_scale(0, np.inf), "hi = inf"),
         (lambda: A.quantize_activation(np.array([np.inf]), 1.0, 0), "inf"),
         (lambda: A.quantize_activation(np.ones(2), 0.0, 0), "scale must be positive"),
+        (lambda: A.quantize_activation(np.ones(2, np.float32), 1e-47, 0), "too narrow"),
         (lambda: A.quantize_activation(np.ones(2), 1.0, 256), "0…255, not 256"),
         (lambda: A.integer_product(np.zeros((1, 3), np.uint8), np.zeros((4, 5), np.int8)), "3 features.*takes 5"),
     ],

@@ -134,6 +134,8 @@ def quantize_activation(values: Float[np.ndarray, "..."], scale: float, zero: in
     """clip(round(x/scale) + zero, 0, 255)."""
     _checked(scale, zero)
     array = floats(values, "activation")
+    if array.dtype.type(scale) == 0:
+        raise InvalidValue(f"scale = {scale} is 0 in {array.dtype}: the range is too narrow")
     return np.clip(np.rint(array / array.dtype.type(scale)) + zero, 0, LEVELS).astype(np.uint8)
 
 
