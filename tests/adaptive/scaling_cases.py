@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Figures:
-    """The part of a profile that the optimiser reads."""
-
-    sparsities: np.ndarray
-    drops: np.ndarray
-    bytes: np.ndarray
-    latency: np.ndarray
-    rel: np.ndarray
-    model_latency: float
-    frame_bytes: float
-    accuracy: float
+from sparing.adaptive.scaling import Profile
 
 
-def drawn(seed: int, blocks: int = 4, sizes: int = 4, noisy: bool = True) -> Figures:
+def drawn(seed: int, blocks: int = 4, sizes: int = 4, noisy: bool = True) -> Profile:
     """Drops that grow with sparsity and differ between blocks; noise makes some options worse in all respects."""
     draw = np.random.default_rng(seed)
     s = np.linspace(0, 0.9, sizes)
@@ -30,4 +16,4 @@ def drawn(seed: int, blocks: int = 4, sizes: int = 4, noisy: bool = True) -> Fig
     size = draw.integers(50_000, 1_000_000, (blocks, 1)) * (1 - s * (1.7 - s) * 0.6)
     rel = draw.uniform(0.7, 0.95, (blocks, 1)) * s + (draw.normal(0, 0.05, (blocks, sizes)) * (s > 0) if noisy else 0)
     latency = draw.uniform(2e-3, 8e-3, blocks)
-    return Figures(s, drops, np.round(size), latency, rel, float(latency.sum() + 2e-3), 40_000.0, 0.9)
+    return Profile(s, drops, np.round(size), latency, rel, float(latency.sum() + 2e-3), 40_000.0, 0.9)

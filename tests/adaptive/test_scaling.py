@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scaling_cases import Figures, drawn
+from scaling_cases import drawn
 
 from sparing.adaptive import scaling
 from sparing.adaptive.scaling import (
     InfeasibleError,
+    Profile,
     ScalingOptimizer,
     bytes_moved,
     bytes_moved_whole,
@@ -22,7 +23,7 @@ from sparing.adaptive.scaling import (
 from sparing.core.errors import InvalidValue
 
 
-def figures_of(profile: Figures) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def figures_of(profile: Profile) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(selections (N, B), drops, seconds, bytes (N,)) of all selections there are."""
     blocks, sizes = profile.drops.shape
     every = np.array(list(itertools.product(range(sizes), repeat=blocks)))
@@ -32,7 +33,7 @@ def figures_of(profile: Figures) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return every, profile.drops[at, every].sum(1), profile.model_latency - saved, held
 
 
-def limits_for(profile: Figures, seed: int) -> tuple[float, float]:
+def limits_for(profile: Profile, seed: int) -> tuple[float, float]:
     """Limits between those of the smallest and the original network."""
     draw = np.random.default_rng(seed)
     _, _, seconds, held = figures_of(profile)
