@@ -204,8 +204,8 @@ def test_hundreds_of_options_and_ties_are_no_trouble() -> None:
     )
     assert found.est_accuracy == pytest.approx(exact.est_accuracy, abs=1e-9)
     same = drawn(6, 1, 5, noisy=False)
-    equal = replace(same, **{name: np.repeat(getattr(same, name), 12, axis=0) for name in ("drops", "bytes", "rel")})
-    equal = replace(equal, latency=np.repeat(same.latency, 12), model_latency=float(same.latency[0] * 12))
+    repeated = {name: np.repeat(getattr(same, name), 12, axis=0) for name in ("drops", "bytes", "rel", "latency")}
+    equal = replace(same, **repeated, model_latency=float(same.latency[0] * 12))
     found, exact = (
         ScalingOptimizer(equal).solve(equal.model_latency * 0.6, float(equal.bytes[:, 0].sum()) * 0.7, method=method)
         for method in ("auto", "milp")
