@@ -28,7 +28,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         # a network that torch.fx traces is called with stand-ins, which have no shape
-        traced = any(type(value).__module__.startswith("torch.fx") for value in (*args, *kwargs.values()))
+        kinds = (kind for value in (*args, *kwargs.values()) for kind in type(value).__mro__)
+        traced = any(kind.__module__.startswith("torch.fx") for kind in kinds)
         return (function if traced else inner)(*args, **kwargs)
 
     return guarded

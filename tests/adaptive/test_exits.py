@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from sparing.adaptive.exit_training import ExitTask, train_exits
 from sparing.adaptive.exits import BoFExit, BoFPooling, MultiExitModel, attach_exits, exit_layers, traced
 from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect
+from sparing.core.predictor import build_model
 from sparing.core.training import Train
 from sparing.models.convnet import ConvNet
 from sparing.models.mobilenet import MobileNet
 from sparing.testing import tiny_task
+
+NARROW = {"stem_dim": 4, "embed_dims": [4, 6, 8, 8], "dim_heads": [2, 2, 4, 4], "window_sizes": [1, 1, 2, 1]}
 
 
 class Block(nn.Module):
@@ -52,6 +55,7 @@ def through(model: MultiExitModel, x: Tensor, places: list[int] | None = None) -
 MODELS = {
     "convnet": lambda: ConvNet(1, 3, 16, widths=[4, 6], depths=[2, 1]).eval(),
     "residual": residual,
+    "emo": lambda: build_model("emo", variant="0.14M", in_channels=1, num_classes=3, image_size=16, **NARROW).eval(),
     "mobilenet": lambda: MobileNet(in_channels=1, num_classes=3).eval(),
 }
 

@@ -24,6 +24,13 @@ def log_softmax(logits: Float[np.ndarray, "*samples classes"]) -> Float[np.ndarr
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def highest(logits: Float[np.ndarray, "*samples classes"]) -> Float[np.ndarray, " *samples"]:
+    """The largest of :func:`log_softmax`, to the bit."""
+    values = np.asarray(logits, dtype=np.float64)
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return -np.log(np.exp(shifted).sum(axis=-1))
+
+
 def entropy(logits: Float[np.ndarray, "*samples classes"]) -> Float[np.ndarray, " *samples"]:
     """Entropy of the probabilities in nats."""
     logs = log_softmax(logits)
@@ -118,7 +125,7 @@ class ConfidenceRule:
             t = self.thresholds[min(exit_, len(self.thresholds) - 1)]
             return magnitude(logits) / (self.threshold * t)
         if self.kind == "softmax":
-            return np.exp(log_softmax(logits).max(axis=-1)) / self.threshold
+            return np.exp(highest(logits)) / self.threshold
         if self.kind == "entropy":
             return self.threshold / np.maximum(entropy(logits), 1e-300)
         raise InvalidValue("patience counts exits that agree; one exit's logits say nothing of it")
@@ -131,7 +138,7 @@ class ConfidenceRule:
         ``strict``: equality is not enough, as forecasts have it; entropy is always strict.
         """
         if self.kind == "softmax":  # compared as logarithms, as the reference does: the last bit decides ties
-            best, limit = log_softmax(logits).max(axis=-1), math.log(self.threshold)
+            best, limit = highest(logits), math.log(self.threshold)
             return best > limit if strict else best >= limit
         if self.kind == "entropy":
             return entropy(logits) < self.threshold

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sparing.core.predictor.folder import Manifest
     from sparing.core.task import Task
 
+ALONE = np.zeros(1, dtype=np.int64)
+"""The number of the only sample."""
 MACS_RULE = "mean over calibration samples of what each of them runs through: layers, exits and forecasts"
 
 
@@ -92,6 +94,8 @@ class EarlyExitPredictor(Predictor):
         """(logits, where and how each sample left)."""
         values = _arrays(self.stages[0](*inputs))
         samples = len(values[0])
+        if samples == 1:
+            return self._alone(values)
         walk = self.policy.walk(samples, self.cost.exits)
         left = np.full(samples, self.cost.exits)
         evaluated = np.zeros((samples, self.cost.exits), dtype=bool)
@@ -122,6 +126,19 @@ class EarlyExitPredictor(Predictor):
             alive, values = alive[stays], [value[stays] for value in values]
         assert answers is not None
         return answers, ExitTrace(left, evaluated, walk.jumps)
+
+    def _alone(self, values: list[np.ndarray]) -> tuple[np.ndarray, ExitTrace]:
+        """:meth:`trace` of one sample, without the bookkeeping of a batch: at this size it costs as much as a layer."""
+        walk = self.policy.walk(1, self.cost.exits)
+        evaluated = np.zeros((1, self.cost.exits), dtype=bool)
+        for place, number in enumerate(self.places):
+            if walk.wants(number)[0]:
+                logits = _run(self.exits[place], values[:1])[0]
+                evaluated[0, number] = True
+                if walk.observe(number, ALONE, logits)[0]:
+                    return logits, ExitTrace(np.array([number]), evaluated, walk.jumps)
+            values = _run(self.stages[place + 1], values)
+        return values[0], ExitTrace(np.array([self.cost.exits]), evaluated, walk.jumps)
 
     def table(self, *inputs: Any) -> Float[np.ndarray, "n heads classes"]:
         """Logits of every exit that is here and of the final head: what policies are calibrated on."""

@@ -8,6 +8,7 @@ exits").
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,8 +24,6 @@ from sparing.core.predictor.module import count_macs
 
 CODEWORDS = 64
 EPSILON = 5e-16
-LOWEST = -40.0
-"""Its exponential still is a number in single precision."""
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish)
 CONVOLUTIONS = (nn.Conv2d, nn.Conv1d, nn.Conv3d)
 
@@ -61,9 +60,10 @@ class BoFPooling(nn.Module):
 
     def forward(self, x: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n features"]:
         """The pooled histograms."""
-        # (tanh(z) + 1) / 2 = 1 / (1 + exp(-2z)), which keeps its digits where a codeword is rare: where all are, the
-        # quotient below is made of them
-        u = 1 / (1 + torch.exp(-2 * (self.a * self.codebook(x) + self.c).clamp(min=LOWEST)))
+        # (tanh(z) + 1) / 2 as the sigmoid of 2z, which keeps its digits where a codeword is rare: where all are, the
+        # quotient below is made of them. The Sigmoid of ONNX Runtime does not keep them.
+        z = 2 * self.a * self.codebook(x) + 2 * self.c
+        u = 1 / (1 + torch.exp(-z)) if torch.onnx.is_in_onnx_export() else torch.sigmoid(z)
         u = u / (u.sum(dim=1, keepdim=True) + EPSILON)
         if self.variant == 1:
             return (F.avg_pool2d(u * self.n1, self.horizon or 1) * self.n2).flatten(1)
@@ -107,6 +107,18 @@ class BoFExit(nn.Module):
         return self.classifier(self.hidden(self.pooling(x)))
 
 
+class _Sized(fx.Proxy):
+    """A traced tensor whose sizes are the example's numbers; only the first, of the samples, stays open."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "ndim"):
+            assert isinstance(self.tracer, _Tracer)
+            value = self.tracer.value(self.node)
+            if isinstance(value, Tensor):
+                return value.ndim if name == "ndim" else (super().__getattr__("shape")[0], *value.shape[1:])
+        return super().__getattr__(name)
+
+
 class _Tracer(fx.Tracer):
     """Tracing that answers a model's questions about shapes, as its checks of inputs ask them, from an example.
 
@@ -119,36 +131,59 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.example = example
         self.values: dict[fx.Node, Any] = {}
+        self.evaluating = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Sized(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        value = self._value(obj.node)
+        value = self.value(obj.node)
         if isinstance(value, Tensor):
             return super().to_bool(obj)  # raises, naming the line
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Any:
-        value = self._value(obj.node)
+        value = self.value(obj.node)
         if isinstance(value, tuple):  # a shape, taken apart
             return iter([obj[i] for i in range(len(value))])  # type: ignore[index]
         return super().iter(obj)
 
-    def _value(self, node: fx.Node) -> Any:
-        if node not in self.values:
-            if node.op == "call_method" and node.target in self.READ:
-                raise fx.proxy.TraceError(f"its way depends on a value, read by {node.target}()")
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
-            if node.op == "placeholder":
-                found = self.example
-            elif node.op == "get_attr":
-                found = operator.attrgetter(str(node.target))(self.root)
-            elif node.op == "call_method":
-                found = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                assert not isinstance(self.root, dict)
-                call = self.root.get_submodule(str(node.target)).forward if node.op == "call_module" else node.target
-                found = call(*args, **kwargs)  # type: ignore[operator]
-            self.values[node] = found
+    def value(self, node: fx.Node) -> Any:
+        """What a node is for the example."""
+        pending = [node]
+        while pending:  # no recursion: it is as deep as the network
+            current = pending[-1]
+            missing = [earlier for earlier in current.all_input_nodes if earlier not in self.values]
+            pending += missing
+            if not missing:
+                pending.pop()
+                if current not in self.values:
+                    self.evaluating = True
+                    try:
+                        self.values[current] = self._computed(current)
+                    finally:
+                        self.evaluating = False
         return self.values[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        if node.op == "call_method" and node.target in self.READ:
+            raise fx.proxy.TraceError(f"its way depends on a value, read by {node.target}()")
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        if node.op == "placeholder":
+            return self.example
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.root)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert not isinstance(self.root, dict)
+        call = self.root.get_submodule(str(node.target)).forward if node.op == "call_module" else node.target
+        return call(*args, **kwargs)  # type: ignore[operator]
 
 
 def traced(model: nn.Module, example: Tensor, purpose: str = "exits") -> fx.GraphModule:
@@ -366,7 +401,7 @@ def attach_exits(
 
     Args:
         model: a trained classifier of images, sequential or residual.
-        layers: "all" of :func:`exit_layers`, or some of them.
+        layers: "all" of :func:`exit_layers` but those inside a squeeze-and-excitation, or some of them.
         example: inputs to find shapes by.
         num_classes: of the exits; None: as many as the model has.
         codewords: of each exit.
@@ -398,6 +433,9 @@ def attach_exits(
     with torch.no_grad():
         *maps, final = taps.eval()(image)
         _check_batch(taps, model, image)
+    if layers == "all":
+        kept = [i for i, m in enumerate(maps) if not _is_gate(m, maps[i + 1 :])]
+        chosen, maps = [chosen[i] for i in kept], [maps[i] for i in kept]
     for name, value in zip(chosen, maps, strict=True):
         if value.ndim != 4:
             raise IncompatibleStep(f"{name} gives a value of shape {list(value.shape)}; an exit reads (N, C, H, W)")
@@ -408,6 +446,11 @@ def attach_exits(
         BoFExit(int(m.shape[1]), classes, codewords, min(pool, *m.shape[2:])) for m in maps
     ]  # fmt: skip
     return MultiExitModel(graph, chosen, exits)
+
+
+def _is_gate(value: Tensor, later: Sequence[Tensor]) -> bool:
+    """Whether a map is a squeeze-and-excitation's: one position, and larger maps after it."""
+    return math.prod(value.shape[2:]) == 1 and any(math.prod(m.shape[2:]) > 1 for m in later)
 
 
 def _check_batch(taps: fx.GraphModule, model: nn.Module, image: Tensor) -> None:

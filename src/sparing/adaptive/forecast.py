@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from sparing.adaptive.confidence import ConfidenceRule, checked, log_softmax, magnitude
+from sparing.adaptive.confidence import ConfidenceRule, checked, highest, magnitude
 from sparing.core.errors import InvalidValue
 
 
@@ -98,12 +98,12 @@ class ExitPredictor:
             return magnitude(ahead) > self.rule.threshold * np.asarray(self.rule.thresholds)[reached]
         if self.history == 1:
             return self.rule.passes(ahead, layer, strict=True)
-        sure, weights = np.exp(log_softmax(ahead).max(axis=-1)), np.ones((len(logits), 1))
+        sure, weights = np.exp(highest(ahead)), np.ones((len(logits), 1))
         for age, before in enumerate(earlier, start=1):
             known = np.isfinite(before).all(axis=-1)
             older = np.where(known[:, None], before, 0.0) @ powers[age : age + rounds]
             weight = (age + 1) * known[:, None]
-            sure = sure + weight * np.exp(log_softmax(older.swapaxes(0, 1)).max(axis=-1))
+            sure = sure + weight * np.exp(highest(older.swapaxes(0, 1)))
             weights = weights + weight
         return sure > self.rule.threshold * weights
 
@@ -155,7 +155,7 @@ class IsotonicPredictor:
         checked(logits, rank=2)
         if not 1 <= layer <= num_exits or num_exits != len(self.jumps):
             raise InvalidValue(f"layer {layer} of {num_exits}; the tables are for {len(self.jumps)} exits")
-        best = log_softmax(logits).max(axis=-1)
+        best = highest(logits)
         expected = np.interp(best, self.confidences[layer - 1], self.jumps[layer - 1])
         return np.clip(np.rint(expected), 1, num_exits - layer + 1).astype(int)
 
@@ -186,7 +186,7 @@ def fit_isotonic(exit_logits: Float[np.ndarray, "samples heads classes"], rule: 
             jumps.append((1.0,))
             continue
         jump = passing[staying, i + 1 :].argmax(axis=1) + 1
-        best = log_softmax(exit_logits[staying, i]).max(axis=-1)
+        best = highest(exit_logits[staying, i])
         fitted = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(best, jump)
         confidences.append(tuple(float(x) for x in fitted.X_thresholds_))
         jumps.append(tuple(float(y) for y in fitted.y_thresholds_))
