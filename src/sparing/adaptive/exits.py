@@ -115,7 +115,8 @@ class _Sized(fx.Proxy):
             assert isinstance(self.tracer, _Tracer)
             value = self.tracer.value(self.node)
             if isinstance(value, Tensor):
-                return value.ndim if name == "ndim" else (super().__getattr__("shape")[0], *value.shape[1:])
+                samples: Any = super().__getattr__("shape")
+                return value.ndim if name == "ndim" else (samples[0], *value.shape[1:])
         return super().__getattr__(name)
 
 
