@@ -29,14 +29,13 @@ from torch.utils.data import TensorDataset
 from _claims import Claim, main, revision
 from sparing.adaptive import exit_training, exits
 from sparing.adaptive.calibration import Calibrated, activation_rules, calibrate
-from sparing.adaptive.dvfs import DVFSGovernor, EnergyModel
+from sparing.adaptive.dvfs import EnergyModel
 from sparing.adaptive.exit_cost import CostModel
-from sparing.adaptive.exit_predictor import EarlyExitPredictor, needed_exits, staged, tabulated
+from sparing.adaptive.exit_predictor import EarlyExitPredictor, needed_exits, staged, tabulated, timed
 from sparing.adaptive.exit_training import train_exits
 from sparing.adaptive.exits import MultiExitModel, attach_exits
 from sparing.adaptive.forecast import first_passing, fit_kernel
 from sparing.adaptive.policies import FullNetworkPolicy, OraclePolicy, PredictiveExitPolicy
-from sparing.adaptive.reference_tables import LEVELS_HZ
 from sparing.core import files
 from sparing.core.fingerprint import fingerprint
 from sparing.core.predictor import ModulePredictor, build_model, load, to_onnx
@@ -192,7 +191,8 @@ class Scored:
 
 def reference_cost(cost: CostModel) -> CostModel:
     """The reference's accounting of this network: layers without the area of their 3×3 kernels."""
-    return replace(cost, layer_macs=tuple(macs / 9 for macs in cost.layer_macs))
+    *layers, head = cost.layer_macs
+    return replace(cost, layer_macs=(*(macs / 9 for macs in layers), head))
 
 
 def scored(found: Calibrated, t: Table) -> Scored:
@@ -232,32 +232,22 @@ def mean(values: Sequence[float]) -> float:
 def energy(seed: int, rho: float, scored_: Scored) -> Any:
     """Simulated, with a change of clock that takes half a percent of a full run."""
     t = table(seed)
-    trace = scored_.policy.run(t.test)
-    governor = DVFSGovernor(tuple(map(float, LEVELS_HZ["tx2"])), static_share=rho)
-    model = EnergyModel(governor, t_switch=0.0)
-    model = replace(model, t_switch=0.005 * model.simulate(trace, t.cost).deadline)
-    return model.simulate(trace, t.cost)
+    return EnergyModel.of_network(t.cost, rho).simulate(scored_.policy.run(t.test), t.cost)
 
 
+@functools.cache
 def best_for_energy(seed: int, single_jump: bool) -> Scored:
     """Of the predictive policies within the allowed loss, the one with the least simulated energy in calibration."""
-    from sparing.adaptive.calibration import candidates
-
     t = table(seed)
-    governor = DVFSGovernor(tuple(map(float, LEVELS_HZ["tx2"])))
-    full = (t.val[:, -1].argmax(-1) == t.val_labels).mean()
-    best: tuple[float, Any] | None = None
-    for policy in candidates("predictive", t.val, t.cost, single_jump=single_jump):
-        trace = policy.run(t.val)
-        if full - (trace.answers(t.val) == t.val_labels).mean() > MAX_LOSS:
-            continue
-        model = EnergyModel(governor, t_switch=0.0)
-        model = replace(model, t_switch=0.005 * model.simulate(trace, t.cost).deadline)
-        joules = model.simulate(trace, t.cost).joules
-        if best is None or joules <= best[0]:
-            best = (joules, policy)
-    assert best is not None
-    return scored_trace(best[1], best[1].run(t.test), t)
+    model = EnergyModel.of_network(t.cost)
+
+    def joules(trace: Any) -> float:
+        return float(model.simulate(trace, t.cost).joules)
+
+    found = calibrate(
+        "predictive", t.val, t.val_labels, t.cost, max_loss=MAX_LOSS, objective=joules, single_jump=single_jump
+    )
+    return scored(found, t)
 
 
 def forecast_accuracy(seed: int) -> float:
@@ -445,43 +435,58 @@ def measure_tables() -> list[Claim]:
 # ------------------------------------------------------------------------------------------------------------ wall time
 
 
-def alternating(arms: dict[str, Callable[[], Any]], seconds: float = 20.0) -> dict[str, list[float]]:
-    """Milliseconds of calls, arms in turn."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for name, call in arms.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+def in_turn(arms: dict[str, Callable[[Any], Any]], images: Sequence[Any], stretch: int) -> dict[str, float]:
+    """Mean milliseconds of an image; each arm answers ``stretch`` images, then the next arm the same ones."""
+    spent = dict.fromkeys(arms, 0.0)
+    for start in range(0, len(images), stretch):
+        for name, arm in arms.items():
+            begin = time.perf_counter()
+            for image in images[start : start + stretch]:
+                arm(image)
+            spent[name] += time.perf_counter() - begin
+    return {name: 1e3 * seconds / len(images) for name, seconds in spent.items()}
 
 
 def measure_speed() -> list[Claim]:
     """One image at a time, test images in turn, one thread of ONNX Runtime."""
     ratios, details = [], []
     for seed in SEEDS:
-        model, data = with_exits(seed), task().splits(None)
-        policy = chosen("predictive", seed).policy
-        cost = table(seed).cost
-        places = sorted(needed_exits(policy, cost.exits))
-        early = EarlyExitPredictor(*staged(model, task(), places), policy, cost, task(), places=places, threads=1)
-        full = to_onnx(backbone(seed), None, task(), threads=1)
-        images = [data.test[i][0][None].numpy() for i in range(500)]
-        turn = {"i": 0}
+        model, data, t = with_exits(seed), task().splits(None), table(seed)
+        whole = EarlyExitPredictor(*staged(model, task()), FullNetworkPolicy(), t.cost, task(), threads=1)
+        seconds = timed(whole, task().example_input(1))
+        quickest = calibrate(
+            "predictive",
+            t.val,
+            t.val_labels,
+            t.cost,
+            max_loss=MAX_LOSS,
+            objective=lambda trace, seconds=seconds: float(seconds.per_sample(trace).mean()),  # type: ignore[misc]
+        )
+        placed = calibrate("placed", t.val, t.val_labels, t.cost, max_loss=MAX_LOSS)
+        by_latency, by_macs = scored(quickest, t), chosen("predictive", seed)
 
-        def ask(predictor: Any, turn: dict[str, int] = turn, images: list[Any] = images) -> None:
-            predictor(images[turn["i"] % len(images)])
+        def built(policy: Any, model: Any = model, cost: CostModel = t.cost) -> EarlyExitPredictor:
+            places = sorted(needed_exits(policy, cost.exits))
+            return EarlyExitPredictor(*staged(model, task(), places), policy, cost, task(), places=places, threads=1)
 
-        def last(predictor: Any, turn: dict[str, int] = turn) -> None:
-            ask(predictor)
-            turn["i"] += 1
-
-        times = alternating({"full": functools.partial(ask, full), "early": functools.partial(last, early)})
-        means = {name: statistics.fmean(values) for name, values in times.items()}
-        ratios.append(means["full"] / means["early"])
+        arms: dict[str, Callable[[Any], Any]] = {
+            "full": to_onnx(backbone(seed), None, task(), threads=1),
+            "calibrated for latency": built(by_latency.policy),
+            "calibrated for macs": built(by_macs.policy),
+            "exits placed, each asked": built(placed.policy),
+        }
+        images = [data.test[i][0][None].numpy() for i in range(2000)]
+        in_turn(arms, images[:200], 50)  # warm up
+        means = in_turn(arms, images, 50)
+        ratios.append(means["full"] / means["calibrated for latency"])
         details.append(
-            {"full, mean ms": means["full"], "early exit, mean ms": means["early"], "calls": len(times["full"])}
+            {
+                "mean ms, 50 images each in turn": means,
+                "mean ms, one image each in turn (caches of another network)": in_turn(arms, images[:500], 1),
+                "points lost": by_latency.loss,
+                "share of the full network's MACs": by_latency.macs,
+                "policy": str(by_latency.policy),
+            }
         )
     found = difference_over_seeds(ratios)
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from sparing.adaptive.exit_cost import CostModel, sdn_exits
 from sparing.adaptive.forecast import ExitPredictor, IsotonicPredictor, fit_isotonic
 from sparing.adaptive.policies import (
     EveryExitPolicy,
+    ExitTrace,
     FullNetworkPolicy,
     PlacedExitPolicy,
     Policy,
@@ -26,6 +27,8 @@ GRID = 25
 """Thresholds tried for each rule."""
 Family = Literal["predictive", "isotonic", "every", "branchynet", "passalis", "sdn", "patience", "placed"]
 FAMILIES: tuple[Family, ...] = typing.get_args(Family)
+Objective = Callable[[ExitTrace], float]
+"""What the ways of a trace's samples spend, in any unit."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Calibrated:
     full_accuracy: float
     tried: int
     """Policies that were looked at."""
+    spent: float
+    """What the objective came to."""
 
 
 def softmax_rules(count: int = GRID) -> list[ConfidenceRule]:
@@ -120,9 +125,10 @@ def calibrate(
     *,
     min_accuracy: float | None = None,
     max_loss: float = 0.005,
+    objective: Objective | None = None,
     **settings: object,
 ) -> Calibrated:
-    """The policy with the fewest multiply-accumulates among those that are accurate enough.
+    """The cheapest policy among those that are accurate enough.
 
     Args:
         family: a name from :data:`FAMILIES`, or the policies to compare, stricter ones later.
@@ -131,6 +137,7 @@ def calibrate(
         cost: what each way costs.
         min_accuracy: the accuracy asked for; None: that of the final head less ``max_loss``.
         max_loss: accepted loss of accuracy, as a share of all samples.
+        objective: what a trace spends, to be least; None: the mean of ``cost``.
         settings: see :func:`candidates`.
 
     A tie goes to the stricter policy; where none is accurate enough, the full network is kept.
@@ -142,21 +149,32 @@ def calibrate(
     full = float((exit_logits[:, -1].argmax(axis=-1) == labels).mean())
     wanted = full - max_loss if min_accuracy is None else min_accuracy
     if family == "placed":
-        return greedy_exits(exit_logits, labels, cost, wanted)
+        return greedy_exits(exit_logits, labels, cost, wanted, objective=objective)
     compared = candidates(family, exit_logits, cost, **settings) if isinstance(family, str) else list(family)  # type: ignore[arg-type]
-    return _best(compared, exit_logits, labels, cost, wanted, full)
+    return _best(compared, exit_logits, labels, cost, wanted, objective)
 
 
 def _best(
-    compared: Sequence[Policy], logits: np.ndarray, labels: np.ndarray, cost: CostModel, wanted: float, full: float
+    compared: Sequence[Policy],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    cost: CostModel,
+    wanted: float,
+    objective: Objective | None,
 ) -> Calibrated:
-    best = Calibrated(FullNetworkPolicy(), full, cost.full, full, len(compared))
-    for policy in compared:
+    full = float((logits[:, -1].argmax(axis=-1) == labels).mean())
+
+    def tried(policy: Policy) -> Calibrated:
         trace = policy.run(logits)
         accuracy = float((trace.answers(logits) == labels).mean())
         macs = float(cost.per_sample(trace).mean())
-        if accuracy >= wanted - 1e-12 and macs <= best.macs:
-            best = Calibrated(policy, accuracy, macs, full, len(compared))
+        return Calibrated(policy, accuracy, macs, full, len(compared), macs if objective is None else objective(trace))
+
+    best = tried(FullNetworkPolicy())
+    for policy in compared:
+        found = tried(policy)
+        if found.accuracy >= wanted - 1e-12 and found.spent <= best.spent:
+            best = found
     return best
 
 
@@ -166,11 +184,11 @@ def greedy_exits(
     cost: CostModel,
     min_accuracy: float,
     rules: Callable[[], list[ConfidenceRule]] = softmax_rules,
+    objective: Objective | None = None,
 ) -> Calibrated:
-    """Exits added one at a time, each the one that lowers the mean cost most at this accuracy, until none does."""
+    """Exits added one at a time, each the one that lowers what is spent most at this accuracy, until none does."""
     labels = np.asarray(labels)
-    full = float((exit_logits[:, -1].argmax(axis=-1) == labels).mean())
-    best = Calibrated(FullNetworkPolicy(), full, cost.full, full, 0)
+    best = _best([], exit_logits, labels, cost, min_accuracy, objective)
     placed: tuple[int, ...] = ()
     tried = 0
     while True:
@@ -179,9 +197,9 @@ def greedy_exits(
             chosen = tuple(sorted({*placed, extra}))
             compared: list[Policy] = [PlacedExitPolicy(rule, chosen) for rule in rules()]
             tried += len(compared)
-            found = _best(compared, exit_logits, labels, cost, min_accuracy, full)
-            if found.macs < (better or best).macs:
+            found = _best(compared, exit_logits, labels, cost, min_accuracy, objective)
+            if found.spent < (better or best).spent:
                 better = found
         if better is None or not isinstance(better.policy, PlacedExitPolicy):
-            return Calibrated(best.policy, best.accuracy, best.macs, full, tried)
+            return replace(best, tried=tried)
         best, placed = better, better.policy.exits

@@ -7,15 +7,19 @@ by the formulas below; measured ones are another column (:mod:`sparing.core.ener
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 from jaxtyping import Float
 
 from sparing.adaptive.exit_cost import CostModel
 from sparing.adaptive.policies import ExitTrace
+from sparing.adaptive.reference_tables import LEVELS_HZ
 from sparing.core.errors import InvalidValue
+
+SWITCH_SHARE = 0.005
+"""Of a full run, for a change of clock of :meth:`EnergyModel.of_network`."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,14 @@ class EnergyModel:
                 raise InvalidValue(f"{name} = {getattr(self, name)}; a finite number above 0 is expected")
         if not np.isfinite(self.t_switch) or self.t_switch < 0:
             raise InvalidValue(f"t_switch = {self.t_switch}; seconds, at least 0, are expected")
+
+    @classmethod
+    def of_network(cls, cost: CostModel, static_share: float = 0.05) -> Self:
+        """A Jetson TX2's clock levels; a change of them takes half a percent of a full run, since a real one would
+        dwarf a small network."""
+        model = cls(DVFSGovernor(tuple(map(float, LEVELS_HZ["tx2"])), static_share=static_share))
+        seconds, _ = model.spent(cost.full, model.governor.highest)
+        return replace(model, t_switch=SWITCH_SHARE * seconds)
 
     @property
     def static_watts(self) -> float:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float
 
+from sparing.adaptive.confidence import ConfidenceRule
 from sparing.adaptive.exit_cost import CostModel
+from sparing.adaptive.forecast import ExitPredictor
 from sparing.adaptive.policies import (
     ExitTrace,
     FullNetworkPolicy,
     PlacedExitPolicy,
     Policy,
     PredictiveExitPolicy,
+    Walk,
     policy_from,
 )
 from sparing.core.errors import CorruptFile, IncompatibleStep, InvalidValue
@@ -272,6 +278,38 @@ def staged(
             if i < len(kept):
                 exits.append(to_onnx(model.exits[kept[i]], (values[0],), plain))
     return stages, exits
+
+
+def timed(predictor: EarlyExitPredictor, example: tuple[Any, ...], runs: int = 100) -> CostModel:
+    """Seconds of each stage, and of each exit with the decision about its logits: medians of ``runs``.
+
+    ``predictor`` has all exits; ``example`` is one sample, for latencies of one alone.
+    """
+    stages: list[float] = []
+    exits: list[float] = []
+    forecast = PredictiveExitPolicy(1, ExitPredictor(ConfidenceRule.softmax(0.999999)))
+    values = list(predictor.stages[0].feeds(*example).values())
+    for number, stage in enumerate(predictor.stages):
+        stages.append(_median_seconds(functools.partial(_run, stage, values), runs))
+        values = _run(stage, values)
+        if number < predictor.cost.exits:
+            walk = forecast.walk(1, predictor.cost.exits)
+
+            def decide(number: int = number, values: list[np.ndarray] = values, walk: Walk = walk) -> None:
+                walk.observe(number, ALONE, _run(predictor.exits[number], values[:1])[0])
+
+            exits.append(_median_seconds(decide, runs))
+    return CostModel(tuple(stages), tuple(exits))
+
+
+def _median_seconds(call: Callable[[], Any], runs: int) -> float:
+    call()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def quantised(

@@ -16,7 +16,7 @@ from sparing.core.training import FitResult, Train
 if TYPE_CHECKING:
     import numpy as np
 
-    from sparing.adaptive.calibration import Calibrated
+    from sparing.adaptive.calibration import Calibrated, Objective
     from sparing.adaptive.exit_cost import CostModel
     from sparing.adaptive.exit_predictor import EarlyExitPredictor
     from sparing.adaptive.exit_training import Weights
@@ -24,15 +24,12 @@ if TYPE_CHECKING:
     from sparing.core.job import Job
     from sparing.core.task import Task
 
-SWITCH_SHARE = 0.005
-"""A change of clock takes this share of a full run in the simulated energy; a real one dwarfs a small network."""
-
 
 @step("predictive_exit")
 class PredictiveExit(Train):
     """Let easy samples leave early: exits are trained, and forecasts say where a sample will be sure enough.
 
-    The network is frozen unless ``freeze_backbone=False``. The policy with the fewest multiply-accumulates that loses
+    The network is frozen unless ``freeze_backbone=False``. The policy that spends least of the ``objective`` and loses
     at most ``max_loss`` on the validation data is kept; the row lists what every other kind of policy did on the same
     exits. The saved predictor computes neither layers nor exits that a sample does not need. The fields of ``train``
     hold for the exits' training.
@@ -68,6 +65,8 @@ class PredictiveExit(Train):
     """What decides: "predictive" forecasts, "every" and the published baselines ask exit by exit."""
     max_loss: float = Field(default=0.005, ge=0, lt=1)
     """Accepted loss of accuracy on the validation data, as a share of all samples."""
+    objective: Literal["macs", "latency", "energy"] = "macs"
+    """What is to be least: multiply-accumulates, time of one sample as measured here, or simulated joules."""
     kernel: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of the forecast's convolution over the classes."""
     max_round: int = Field(default=8, ge=1)
@@ -183,12 +182,31 @@ class PredictiveExit(Train):
 
         whole = made(None)
         logits, labels = tabulated(whole, job.task, job.val)
-        chosen = calibrate(self.policy, logits, labels, cost, max_loss=self.max_loss, **self._settings())
+        objective = self._objective(whole, job.task)
+
+        def calibrated(family: Family, **settings: Any) -> Calibrated:
+            return calibrate(family, logits, labels, cost, max_loss=self.max_loss, objective=objective, **settings)
+
+        chosen = calibrated(self.policy, **self._settings())
+        compared = {family: chosen if family == self.policy else calibrated(family) for family in FAMILIES}
+        report = self._report(compared, logits, cost, int8)
         if isinstance(chosen.policy, FullNetworkPolicy) and job.predictor is not None:
-            return {"predictor": job.predictor, "report": self._report(chosen, logits, labels, cost, int8)}
+            return {"predictor": job.predictor, "report": report}
         places = sorted(needed_exits(chosen.policy, cost.exits))
         predictor = (whole if len(places) == cost.exits else made(places)).with_policy(chosen.policy, chosen.macs)
-        return {"predictor": predictor, "report": self._report(chosen, logits, labels, cost, int8)}
+        return {"predictor": predictor, "report": report}
+
+    def _objective(self, whole: EarlyExitPredictor, task: Task) -> Objective | None:
+        from sparing.adaptive.dvfs import EnergyModel
+        from sparing.adaptive.exit_predictor import timed
+
+        if self.objective == "macs":
+            return None
+        if self.objective == "latency":
+            seconds = timed(whole, task.example_input(1))
+            return lambda trace: float(seconds.per_sample(trace).mean())
+        model = EnergyModel.of_network(whole.cost)
+        return lambda trace: model.simulate(trace, whole.cost).joules
 
     def _settings(self) -> dict[str, Any]:
         if self.policy != "predictive":
@@ -201,23 +219,14 @@ class PredictiveExit(Train):
         }
 
     def _report(
-        self, chosen: Calibrated, logits: np.ndarray, labels: np.ndarray, cost: CostModel, int8: bool
+        self, compared: dict[Family, Calibrated], logits: np.ndarray, cost: CostModel, int8: bool
     ) -> dict[str, Any]:
-        from dataclasses import replace
-
-        from sparing.adaptive.calibration import calibrate
-        from sparing.adaptive.dvfs import DVFSGovernor, EnergyModel
+        from sparing.adaptive.dvfs import EnergyModel
         from sparing.adaptive.policies import FullNetworkPolicy
-        from sparing.adaptive.reference_tables import LEVELS_HZ
 
+        chosen = compared[self.policy]
         trace = chosen.policy.run(logits)
-        model = EnergyModel(DVFSGovernor(tuple(map(float, LEVELS_HZ["tx2"]))), t_switch=0.0)
-        model = replace(model, t_switch=SWITCH_SHARE * model.simulate(trace, cost).deadline)
-        energy = model.simulate(trace, cost)
-        others = {
-            family: chosen if family == self.policy else calibrate(family, logits, labels, cost, max_loss=self.max_loss)
-            for family in FAMILIES
-        }
+        energy = EnergyModel.of_network(cost).simulate(trace, cost)
         nothing = isinstance(chosen.policy, FullNetworkPolicy)
         shares = [float((trace.exit_index == i).mean()) for i in range(cost.exits + 1)]
         left = ", ".join(f"{i + 1}: {share:.0%}" for i, share in enumerate(shares[:-1]) if share)
@@ -232,7 +241,7 @@ class PredictiveExit(Train):
                     "policies tried": found.tried,
                     "chosen": name == self.policy,
                 }
-                for name, found in others.items()
+                for name, found in compared.items()
             ],
             "remarks": [
                 f"exits at {cost.exits} places{', stages in INT8' if int8 else ''}; shares of the validation samples "
