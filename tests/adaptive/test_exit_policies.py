@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,7 +164,8 @@ def test_patience_counts_exits_that_agree() -> None:
 def test_calibration_takes_the_cheapest_that_is_accurate(family: str) -> None:
     logits, labels = table(500, seed=1)
     logits[0, :-1] += 0.5  # t_i away from 0
-    found = calibrate(family, logits, labels, COST, max_loss=0.02)  # type: ignore[arg-type]
+    found = calibrate(family, logits, labels, COST, max_loss=0.02, caution=0)  # type: ignore[arg-type]
+    assert found.spent == found.macs
     trace = found.policy.run(logits)
     accuracy = (trace.answers(logits) == labels).mean()
     assert accuracy == pytest.approx(found.accuracy)
@@ -175,6 +177,32 @@ def test_calibration_takes_the_cheapest_that_is_accurate(family: str) -> None:
             other = policy.run(logits)
             fine = (other.answers(logits) == labels).mean() >= found.full_accuracy - 0.02
             assert not fine or COST.per_sample(other).mean() >= found.macs - 1e-9
+
+
+def test_caution_counts_the_error_of_a_loss() -> None:
+    logits, labels = table(500, seed=1)
+    bold, careful = (calibrate("predictive", logits, labels, COST, max_loss=0.02, caution=c) for c in (0.0, 2.0))
+    assert bold.macs < careful.macs
+    right = [c.policy.run(logits).answers(logits) == labels for c in (bold, careful)]
+    full = logits[:, -1].argmax(axis=-1) == labels
+    bounds = [full.mean() - r.mean() + 2 * np.std(full.astype(float) - r) / np.sqrt(500) for r in right]
+    assert bounds[0] > 0.02 >= bounds[1] - 1e-9
+    with pytest.raises(InvalidValue, match=r"caution = -1"):
+        calibrate("predictive", logits, labels, COST, caution=-1.0)
+
+
+@pytest.mark.parametrize("family", ["predictive", "placed"])
+def test_calibration_for_another_objective(family: str) -> None:
+    logits, labels = table(500, seed=1)
+    dear = replace(COST, exit_macs=(9.0,) * COST.exits)
+
+    def asked(trace: ExitTrace) -> float:
+        return float(dear.per_sample(trace).mean())
+
+    by_macs = calibrate(family, logits, labels, COST, max_loss=0.05)  # type: ignore[arg-type]
+    by_other = calibrate(family, logits, labels, COST, max_loss=0.05, objective=asked)  # type: ignore[arg-type]
+    assert by_other.spent == asked(by_other.policy.run(logits)) <= asked(by_macs.policy.run(logits))
+    assert by_other.macs >= by_macs.macs == by_macs.spent
 
 
 def test_calibration_keeps_the_network_when_nothing_will_do() -> None:

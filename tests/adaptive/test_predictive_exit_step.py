@@ -11,7 +11,7 @@ import torch
 
 import sparing
 from sparing.adaptive.confidence import log_softmax
-from sparing.adaptive.exit_predictor import EarlyExitPredictor, needed_exits, quantised, staged
+from sparing.adaptive.exit_predictor import EarlyExitPredictor, needed_exits, quantised, staged, timed
 from sparing.adaptive.exits import attach_exits
 from sparing.adaptive.policies import EveryExitPolicy, FullNetworkPolicy, PlacedExitPolicy, PredictiveExitPolicy
 from sparing.core.errors import CorruptFile, IncompatibleStep, InvalidValue, RecipeError
@@ -251,3 +251,20 @@ def test_spoilt_settings_are_refused(key: str, tmp_path: Path) -> None:
     (folder / "sparing.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptFile):
         sparing.load(folder)
+
+
+def test_time_is_measured_of_each_stage_and_each_exit() -> None:
+    whole = parts()
+    seconds = timed(whole, tiny_task().example_input(1), runs=3)
+    assert len(seconds.layer_macs) == len(whole.stages)
+    assert len(seconds.exit_macs) == len(whole.exits)
+    assert all(0 < value < 1 for value in (*seconds.layer_macs, *seconds.exit_macs))
+
+
+@pytest.mark.parametrize("objective", ["latency", "energy"])
+def test_policies_are_chosen_by_the_objective(objective: str, ran: Run, tmp_path: Path) -> None:
+    fields: dict[str, object] = {**EXITS, "objective": objective, "epochs": 10}
+    run = sparing.run(task=tiny_task(), steps=[TRAIN, sparing.PredictiveExit(**fields)], out=tmp_path, meter=QUICK)
+    row = run.ledger.rows[-1]
+    assert {entry["name"] for entry in row.candidates} == {entry["name"] for entry in ran.ledger.rows[-1].candidates}
+    assert row.figures["energy over full clock"].how == "est"

@@ -65,6 +65,8 @@ class PredictiveExit(Train):
     """What decides: "predictive" forecasts, "every" and the published baselines ask exit by exit."""
     max_loss: float = Field(default=0.005, ge=0, lt=1)
     """Accepted loss of accuracy on the validation data, as a share of all samples."""
+    caution: float = Field(default=1.0, ge=0)
+    """Standard errors that are added to a policy's loss, since the validation data flatter the one that is chosen."""
     objective: Literal["macs", "latency", "energy"] = "macs"
     """What is to be least: multiply-accumulates, time of one sample as measured here, or simulated joules."""
     kernel: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -185,7 +187,8 @@ class PredictiveExit(Train):
         objective = self._objective(whole, job.task)
 
         def calibrated(family: Family, **settings: Any) -> Calibrated:
-            return calibrate(family, logits, labels, cost, max_loss=self.max_loss, objective=objective, **settings)
+            limits: dict[str, Any] = {"max_loss": self.max_loss, "caution": self.caution}
+            return calibrate(family, logits, labels, cost, objective=objective, **limits, **settings)
 
         chosen = calibrated(self.policy, **self._settings())
         compared = {family: chosen if family == self.policy else calibrated(family) for family in FAMILIES}
