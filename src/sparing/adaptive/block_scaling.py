@@ -272,7 +272,7 @@ class BlockScaling(Step):
                 (float(epoch + 1), float(value)) for epoch, value in enumerate(mean)
             ]
         job.notes.remarks.append(
-            f"{blocks} blocks of {sizes} sizes; losses measured on {min(self.samples, len(job.val))} validation samples"
+            f"{sizes} sizes of each block; losses are measured on {min(self.samples, len(job.val))} validation samples"
         )
         for name, value, unit, how, good in (
             ("blocks", blocks, "", "derived", ""),

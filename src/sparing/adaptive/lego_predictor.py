@@ -279,6 +279,7 @@ class LegoPredictor(ScaledNetwork, Predictor):
             macs=None if None in macs else sum(count or 0 for count in macs),
             macs_rule=f"{self.macs_rule}; of the loaded selection" if self.macs_rule else "",
             model_bytes=sum(len(content) for content in self.graphs.values()),
+            fetched_bytes=self.loaded_bytes,
         )
 
     def payload(self) -> tuple[dict[str, bytes], dict[str, Any]]:
