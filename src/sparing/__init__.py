@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sparing.adaptive.lego import LegoModel
     from sparing.adaptive.lego_predictor import LegoPredictor
     from sparing.adaptive.lego_runtime import Budget, LegoRuntime
-    from sparing.adaptive.load import poisson_load, serve
     from sparing.adaptive.policies import EveryExitPolicy, OraclePolicy, PlacedExitPolicy, PredictiveExitPolicy
     from sparing.adaptive.predictive_exit import PredictiveExit
     from sparing.adaptive.scaling import InfeasibleError, Profile, ScalingOptimizer, Selection
@@ -99,7 +98,6 @@ _HOMES = {
     "sparing.adaptive.lego": ("LegoModel",),
     "sparing.adaptive.lego_predictor": ("LegoPredictor",),
     "sparing.adaptive.lego_runtime": ("Budget", "LegoRuntime"),
-    "sparing.adaptive.load": ("poisson_load", "serve"),
     "sparing.adaptive.policies": ("EveryExitPolicy", "OraclePolicy", "PlacedExitPolicy", "PredictiveExitPolicy"),
     "sparing.adaptive.predictive_exit": ("PredictiveExit",),
     "sparing.adaptive.scaling": ("InfeasibleError", "Profile", "ScalingOptimizer", "Selection"),
@@ -249,14 +247,12 @@ __all__ = [
     "lock_pattern",
     "perturbation_flatness",
     "plan",
-    "poisson_load",
     "postprocess_spans",
     "profile_accuracy",
     "profile_blocks",
     "profile_latency",
     "quantize_ptq",
     "run",
-    "serve",
     "sharpness",
     "shrink",
     "squad_metrics",
