@@ -664,7 +664,7 @@ class ScalingOptimizer:
                         "are needed"
                     )
             self.networks.append(_Network.of(cost, saved, size))
-        self._timeless = [net.timeless() for net in self.networks]
+        self._timeless: dict[int, _Network] = {}
         self.frame_bytes = float(sum(profile.frame_bytes for profile in self.profiles))
 
     @property
@@ -802,9 +802,16 @@ class ScalingOptimizer:
         latency = self.latencies[k]
         return latency - _within(deadline, latency)
 
+    def _without_deadline(self, k: int) -> _Network:
+        if k not in self._timeless:
+            self._timeless[k] = self.networks[k].timeless()
+        return self._timeless[k]
+
     def _problem(self, deadlines: Sequence[float], memory: float, by_bytes: bool = False) -> _Problem:
         need = [self._need(k, deadline) for k, deadline in enumerate(deadlines)]
-        networks = [self.networks[k] if math.isfinite(limit) else self._timeless[k] for k, limit in enumerate(need)]
+        networks = [
+            self.networks[k] if math.isfinite(limit) else self._without_deadline(k) for k, limit in enumerate(need)
+        ]
         if by_bytes:
             networks = [net.by_bytes() for net in networks]
         return _Problem(networks, need, math.inf if by_bytes else _within(memory, 1.0) - self.frame_bytes)
