@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sparing.adaptive.scaling import SPARSITIES, Profile, ScalingOptimizer, Selection, check_sparsities
+from sparing.adaptive.scaling import (
+    SPARSITIES,
+    InfeasibleError,
+    Profile,
+    ScalingOptimizer,
+    Selection,
+    check_sparsities,
+)
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect
 from sparing.core.step import Stage, Step, step
 from sparing.core.store import ARRAYS, JSON, PREDICTOR, TENSORS, All
@@ -148,6 +155,12 @@ class BlockScaling(Step):
         from sparing.adaptive.block_distillation import distill_blocks
 
         zoo = self._zoo(job, self._device())
+        least = zoo.frame_bytes + zoo.bytes.min(1).sum()
+        if self.max_bytes is not None and self.max_bytes < least and not self.relax:  # known before anything is trained
+            raise InfeasibleError(
+                f"{self.id}: max_bytes = {self.max_bytes} cannot be kept: the smallest selection takes {least:.0f} "
+                "bytes"
+            )
         losses = distill_blocks(
             zoo,
             _Epochs(job.train, self.batch_size, job.task, job.seed),
