@@ -9,16 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparing.adaptive.block_distillation import distill_blocks
+    from sparing.adaptive.block_profile import profile_accuracy, profile_blocks, profile_latency
+    from sparing.adaptive.block_scaling import BlockScaling
+    from sparing.adaptive.blocks import detect_blocks, extract_blocks
     from sparing.adaptive.calibration import calibrate
     from sparing.adaptive.confidence import ConfidenceRule
+    from sparing.adaptive.descendants import BlockZoo
     from sparing.adaptive.dvfs import DVFSGovernor, EnergyModel
     from sparing.adaptive.exit_cost import CostModel
     from sparing.adaptive.exit_predictor import EarlyExitPredictor
     from sparing.adaptive.exit_training import train_exits
     from sparing.adaptive.exits import BoFExit, MultiExitModel, attach_exits
     from sparing.adaptive.forecast import ExitPredictor
+    from sparing.adaptive.lego import LegoModel
+    from sparing.adaptive.lego_predictor import LegoPredictor
+    from sparing.adaptive.lego_runtime import Budget, LegoRuntime
     from sparing.adaptive.policies import EveryExitPolicy, OraclePolicy, PlacedExitPolicy, PredictiveExitPolicy
     from sparing.adaptive.predictive_exit import PredictiveExit
+    from sparing.adaptive.scaling import InfeasibleError, Profile, ScalingOptimizer, Selection
     from sparing.compression.compiling import Compile, compile_model
     from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
     from sparing.compression.pruning_lightning import BlockPruning
@@ -73,16 +82,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "sparing.adaptive.block_distillation": ("distill_blocks",),
+    "sparing.adaptive.block_profile": ("profile_accuracy", "profile_blocks", "profile_latency"),
+    "sparing.adaptive.block_scaling": ("BlockScaling",),
+    "sparing.adaptive.blocks": ("detect_blocks", "extract_blocks"),
     "sparing.adaptive.calibration": ("calibrate",),
     "sparing.adaptive.confidence": ("ConfidenceRule",),
+    "sparing.adaptive.descendants": ("BlockZoo",),
     "sparing.adaptive.dvfs": ("DVFSGovernor", "EnergyModel"),
     "sparing.adaptive.exit_cost": ("CostModel",),
     "sparing.adaptive.exit_predictor": ("EarlyExitPredictor",),
     "sparing.adaptive.exit_training": ("train_exits",),
     "sparing.adaptive.exits": ("BoFExit", "MultiExitModel", "attach_exits"),
     "sparing.adaptive.forecast": ("ExitPredictor",),
+    "sparing.adaptive.lego": ("LegoModel",),
+    "sparing.adaptive.lego_predictor": ("LegoPredictor",),
+    "sparing.adaptive.lego_runtime": ("Budget", "LegoRuntime"),
     "sparing.adaptive.policies": ("EveryExitPolicy", "OraclePolicy", "PlacedExitPolicy", "PredictiveExitPolicy"),
     "sparing.adaptive.predictive_exit": ("PredictiveExit",),
+    "sparing.adaptive.scaling": ("InfeasibleError", "Profile", "ScalingOptimizer", "Selection"),
     "sparing.compression.compiling": ("Compile", "compile_model"),
     "sparing.compression.pruning": (
         "BlockMagnitudePruner",
@@ -148,7 +166,10 @@ __all__ = [
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
+    "BlockScaling",
+    "BlockZoo",
     "BoFExit",
+    "Budget",
     "Compile",
     "ConfidenceRule",
     "CorruptFile",
@@ -168,11 +189,15 @@ __all__ = [
     "Export",
     "ImageClassification",
     "IncompatibleStep",
+    "InfeasibleError",
     "InvalidValue",
     "Job",
     "LEAPCallback",
     "Leap",
     "Ledger",
+    "LegoModel",
+    "LegoPredictor",
+    "LegoRuntime",
     "LockPattern",
     "MissingDependency",
     "MultiExitModel",
@@ -183,8 +208,11 @@ __all__ = [
     "PlacedExitPolicy",
     "PredictiveExit",
     "PredictiveExitPolicy",
+    "Profile",
     "Quantize",
     "RecipeError",
+    "ScalingOptimizer",
+    "Selection",
     "Shrink",
     "SmoothLabels",
     "SparingError",
@@ -209,6 +237,9 @@ __all__ = [
     "compile_encoder",
     "compile_model",
     "cost_report",
+    "detect_blocks",
+    "distill_blocks",
+    "extract_blocks",
     "from_transformers",
     "hessian_trace",
     "leap_factor",
@@ -217,6 +248,9 @@ __all__ = [
     "perturbation_flatness",
     "plan",
     "postprocess_spans",
+    "profile_accuracy",
+    "profile_blocks",
+    "profile_latency",
     "quantize_ptq",
     "run",
     "sharpness",

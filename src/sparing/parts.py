@@ -89,6 +89,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
         ),
+        "block_scaling": Part(
+            "sparing.adaptive.block_scaling:BlockScaling",
+            "Cut the network into blocks of several sizes each, of which the most accurate within given limits serve.",
+        ),
         "compile": Part(
             "sparing.compression.compiling:Compile",
             "Compile a text encoder for the CPU engine: INT8, with zeros in 4×1 blocks left out where that is faster.",

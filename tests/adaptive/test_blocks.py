@@ -57,6 +57,17 @@ def test_a_plain_network_has_blocks_of_two_and_leaves_the_last_convolution() -> 
     assert not any("stages_3_1" in block.nodes for block in graph.blocks)
 
 
+def test_vgg16_has_the_published_blocks() -> None:
+    model, x = ConvNet(3, 10, 32, (4,) * 5, (2, 2, 3, 3, 3)), torch.zeros(1, 3, 32, 32)
+    for ratio, blocks, each in ((0.25, 4, 3), (0.125, 6, 2)):
+        found = extract_blocks(model, x, ratio).blocks
+        assert [len(block.prunable) + len(block.frozen) for block in found] == [each] * blocks
+    ends = [f"stages.{stage}.{3 * (depth - 1) + (stage > 0)}" for stage, depth in enumerate((2, 2, 3, 3, 3))]
+    starts = [f"stages.{stage}.{int(stage > 0)}" for stage in range(5)]
+    found = extract_blocks(model, x, boundaries=list(zip(starts, ends, strict=True))).blocks
+    assert [len(block.prunable) for block in found] == [1, 1, 2, 2, 2]
+
+
 def test_blocks_and_frame_are_the_network_again() -> None:
     torch.manual_seed(0)
     model = ResNet(1, 10, (8, 16)).eval()
@@ -143,7 +154,7 @@ def test_what_cannot_be_traced_is_refused_with_the_reason() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(IncompatibleStep, match="blocks need a model whose way does not depend"):
+    with pytest.raises(IncompatibleStep, match=r"at the node 'gt'.*blocks need a model whose way does not"):
         extract_blocks(Fickle(), torch.zeros(1, 1, 4, 4))
 
 

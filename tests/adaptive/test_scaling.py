@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -305,3 +306,22 @@ def test_bad_arguments_are_named() -> None:
         estimate_latency(one.latency, one.rel, 1.0, np.zeros(4), [0] * 4)
     with pytest.raises(InvalidValue, match=r"\(3,\)"):
         estimate_latency(one.latency, one.rel, 1.0, one.latency[:3], [0] * 4)
+
+
+def test_without_a_deadline_times_decide_nothing_and_the_smaller_of_equals_is_taken() -> None:
+    profile = drawn(3)
+    even = replace(profile, drops=np.where(profile.sparsities > 0.7, 0.2, 0.0) * np.ones_like(profile.drops))
+    third = tuple(int(row.argmin()) for row in np.where(even.drops > 0, np.inf, even.bytes))
+    for seed in range(4):
+        noisy = replace(even, rel=np.random.default_rng(seed).normal(0, 0.3, even.rel.shape))
+        assert ScalingOptimizer(noisy).solve().options == third
+        assert ScalingOptimizer(noisy).solve(max_bytes=1e9, method="milp").options == third
+
+
+def test_a_profile_as_json_is_the_same_and_as_long_whatever_the_times_are() -> None:
+    profile = drawn(0)
+    again = Profile.from_config(json.loads(json.dumps(profile.to_config())))
+    for item in fields(Profile):
+        np.testing.assert_array_equal(getattr(again, item.name), getattr(profile, item.name))
+    faster = replace(profile, latency=profile.latency / 3, rel=-profile.rel / 7, model_latency=1e-3)
+    assert len(json.dumps(faster.to_config())) == len(json.dumps(profile.to_config()))

@@ -157,6 +157,11 @@ STEPS = {
         before=(TRAIN,),
         nothing=StepCase(sparing.PredictiveExit(epochs=1), before=(TRAIN,), task=poolings, nothing="is the case"),
     ),
+    "block_scaling": StepCase(
+        sparing.BlockScaling(sparsities=(0, 0.5), epochs=3, batch_size=16, lr=0.01, runs=2, max_bytes=2000),
+        before=(TRAIN,),
+        nothing=StepCase(sparing.BlockScaling(epochs=1), before=(TRAIN,), task=poolings, nothing="is the case"),
+    ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
         after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),

@@ -20,6 +20,10 @@ def test_estimate_by_hand():
     assert "4.6 pJ per fp32 MAC" in note
 
 
+def test_what_an_answer_does_not_read_costs_nothing():
+    assert estimate_mj(replace(FP32, fetched_bytes=0))[0] == pytest.approx(4.6e-3)
+
+
 def test_int8_costs_what_the_table_says():
     value, note = estimate_mj(replace(FP32, precision="int8 (QDQ static, per channel)", model_bytes=0))
     assert value == pytest.approx(1e6 * 0.3e-9)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparing.adaptive.blocks import BlockGraph
+from sparing.adaptive.scaling import SPARSITIES, check_sparsities, check_sparsity
 from sparing.compression.shrinking import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, POOL_FUNCTIONS, POOLS
 from sparing.core.errors import InvalidValue, NoEffect, shown
 from sparing.core.predictor.module import count_macs
@@ -27,7 +28,6 @@ Scorer = Literal["l1", "l2"] | Callable[[Tensor], Tensor]
 MakeDescendant = Callable[[nn.Module, Sequence[str], Tensor, float], nn.Module]
 """(a copy of the block, paths of the layers that may lose filters, an input (1, …), sparsity) → the descendant."""
 
-SPARSITIES = (0.0, 0.2, 0.4, 0.6, 0.8)
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 FIXED = -1
@@ -222,7 +222,7 @@ def prune_filters(
     Raises:
         InvalidValue: arguments outside what is allowed.
     """
-    _check_sparsity(sparsity)
+    check_sparsity(sparsity)
     graph = block if isinstance(block, fx.GraphModule) else fx.symbolic_trace(block)
     made = copy.deepcopy(graph)
     was = made.training
@@ -240,12 +240,6 @@ def prune_filters(
             _cut(made.get_submodule(name), outputs, inputs)
     made.train(was)
     return made
-
-
-def _check_sparsity(sparsity: Any) -> None:
-    number = isinstance(sparsity, int | float | np.floating) and not isinstance(sparsity, bool)
-    if not number or not 0 <= sparsity < 1:
-        raise InvalidValue(f"sparsity = {shown(sparsity)}; a number of at least 0 and below 1 is expected")
 
 
 def _staying(
@@ -377,10 +371,7 @@ class BlockZoo:
             NoEffect: all descendants are as large as their blocks.
         """
         levels = tuple(sparsities)
-        for sparsity in levels:
-            _check_sparsity(sparsity)
-        if not levels or levels[0] != 0 or list(levels) != sorted(set(levels)):
-            raise InvalidValue(f"sparsities = {shown(levels)}; 0 first, then ascending, each once")
+        check_sparsities(levels)
         rows = []
         for number, block in enumerate(graph.blocks):
             original, example = graph.block_module(number).eval(), graph.block_inputs[number]

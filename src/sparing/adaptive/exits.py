@@ -192,14 +192,15 @@ def traced(model: nn.Module, example: Tensor, purpose: str = "exits") -> fx.Grap
 
     ``purpose``: what the messages say the graph is needed for.
     """
+    tracer = _Tracer(example)
     try:
-        tracer = _Tracer(example)
         with torch.no_grad():
             graph = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:  # tracing runs the model's own code, which raises anything
+        last = next((node.name for node in reversed(getattr(tracer, "graph", fx.Graph()).nodes)), None)
         raise IncompatibleStep(
-            f"{type(model).__name__} cannot be traced by torch.fx ({type(error).__name__}: {error}); {purpose} "
-            "need a model whose way does not depend on its input's values"
+            f"{type(model).__name__} cannot be traced by torch.fx{f' at the node {last!r}' if last else ''} "
+            f"({type(error).__name__}: {error}); {purpose} need a model whose way does not depend on its input's values"
         ) from error
     graph.graph.eliminate_dead_code()
     graph.recompile()

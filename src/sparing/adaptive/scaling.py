@@ -30,10 +30,27 @@ SLACK = 1e-9
 """Share by which a sum may exceed its limit: what adding in another order changes."""
 MAX_STATES = 300_000
 """Partial selections the enumeration holds at a time before HiGHS takes over."""
+SPARSITIES = (0.0, 0.2, 0.4, 0.6, 0.8)
+"""Shares of filters that the descendants of a block lose by default."""
 
 
 class InfeasibleError(SparingError):
     """No selection keeps the limits; the message names the smallest ones that can be kept."""
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Raise :class:`InvalidValue` for what is no share of filters that may leave."""
+    number = isinstance(sparsity, int | float | np.floating) and not isinstance(sparsity, bool)
+    if not number or not 0 <= sparsity < 1:
+        raise InvalidValue(f"sparsity = {shown(sparsity)}; a number of at least 0 and below 1 is expected")
+
+
+def check_sparsities(levels: Sequence[Any]) -> None:
+    """Raise :class:`InvalidValue` unless they begin with 0, ascend and stay below 1."""
+    for level in levels:
+        check_sparsity(level)
+    if not levels or levels[0] != 0 or list(levels) != sorted(set(levels)):
+        raise InvalidValue(f"sparsities = {shown(tuple(levels))}; 0 first, then ascending, each once")
 
 
 # --- what is known of a network ---------------------------------------------------------------------------------------
@@ -81,8 +98,9 @@ class Profile:
                 raise InvalidValue(f"profile: {name} = {shown(array.tolist())}: finite numbers are needed")
 
     def to_config(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {item.name: np.asarray(getattr(self, item.name)).tolist() for item in fields(self)}
+        """As JSON values; times as texts of one length, so that the size of a saved network is not a matter of them."""
+        config = {item.name: np.asarray(getattr(self, item.name)).tolist() for item in fields(self)}
+        return config | {name: _even(config[name]) for name in ("latency", "rel", "model_latency")}
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -96,6 +114,10 @@ class Profile:
             return cls(**made)
         except (TypeError, ValueError) as error:
             raise InvalidValue(f"profile: {error}") from None
+
+
+def _even(number: Any) -> Any:
+    return [_even(item) for item in number] if isinstance(number, list) else f"{number:+.16e}"
 
 
 # --- what latency is now (section 5) ---------------------------------------------------------------------------------
@@ -220,6 +242,10 @@ class _Network:
     def by_bytes(self) -> _Network:
         """The same network, where bytes are what is to be little."""
         return _Network.of(self.bytes, self.drop, np.zeros_like(self.bytes))
+
+    def timeless(self) -> _Network:
+        """The same network without a deadline: what a clock said must not decide between equals."""
+        return _Network.of(self.cost, np.zeros_like(self.drop), self.bytes)
 
     def total(self, array: np.ndarray, options: np.ndarray) -> float:
         return float(array[np.arange(len(options)), options].sum())
@@ -638,6 +664,7 @@ class ScalingOptimizer:
                         "are needed"
                     )
             self.networks.append(_Network.of(cost, saved, size))
+        self._timeless: dict[int, _Network] = {}
         self.frame_bytes = float(sum(profile.frame_bytes for profile in self.profiles))
 
     @property
@@ -775,9 +802,18 @@ class ScalingOptimizer:
         latency = self.latencies[k]
         return latency - _within(deadline, latency)
 
+    def _without_deadline(self, k: int) -> _Network:
+        if k not in self._timeless:
+            self._timeless[k] = self.networks[k].timeless()
+        return self._timeless[k]
+
     def _problem(self, deadlines: Sequence[float], memory: float, by_bytes: bool = False) -> _Problem:
-        networks = [net.by_bytes() for net in self.networks] if by_bytes else self.networks
         need = [self._need(k, deadline) for k, deadline in enumerate(deadlines)]
+        networks = [
+            self.networks[k] if math.isfinite(limit) else self._without_deadline(k) for k, limit in enumerate(need)
+        ]
+        if by_bytes:
+            networks = [net.by_bytes() for net in networks]
         return _Problem(networks, need, math.inf if by_bytes else _within(memory, 1.0) - self.frame_bytes)
 
     def _solve(self, deadlines: Sequence[float], memory: float, method: Method) -> list[np.ndarray] | None:
@@ -923,6 +959,7 @@ def _front3(cost: np.ndarray, size: np.ndarray, saved: np.ndarray) -> np.ndarray
 
 
 __all__ = [
+    "SPARSITIES",
     "InfeasibleError",
     "LatencyEstimate",
     "Profile",
@@ -930,5 +967,7 @@ __all__ = [
     "Selection",
     "bytes_moved",
     "bytes_moved_whole",
+    "check_sparsities",
+    "check_sparsity",
     "estimate_latency",
 ]

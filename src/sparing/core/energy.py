@@ -19,7 +19,7 @@ MODEL = "Horowitz, ISSCC 2014, 45 nm"
 def estimate_mj(description: Description) -> tuple[float | None, str]:
     """(millijoules of one inference at batch 1, the model or why there is none).
 
-    Multiply-accumulates at the precision's price, and every byte of the model fetched from DRAM once: figures of M.
+    Multiply-accumulates at the precision's price, and every byte an answer reads fetched from DRAM once: figures of M.
     Horowitz, "Computing's energy problem", ISSCC 2014, fig. 1.1.9, for a 45 nm process. A model of mixed formats pays
     the dearest one's price for all. It ranks models; it is not what this machine draws.
     """
@@ -29,7 +29,8 @@ def estimate_mj(description: Description) -> tuple[float | None, str]:
     if not formats or not set(formats) <= set(MAC_PJ):
         return None, f"no estimate: {MODEL} has no price for {description.precision!r} operations"
     dearest = max(formats, key=MAC_PJ.__getitem__)
-    compute, fetch = description.macs * MAC_PJ[dearest], description.model_bytes * DRAM_PJ_PER_BYTE
+    read = description.model_bytes if description.fetched_bytes is None else description.fetched_bytes
+    compute, fetch = description.macs * MAC_PJ[dearest], read * DRAM_PJ_PER_BYTE
     note = f"{MODEL}: {MAC_PJ[dearest]:.1f} pJ per {dearest} MAC, model bytes from DRAM once at 1.95 nJ per 8 bytes"
     return (compute + fetch) * 1e-9, note
 

@@ -111,8 +111,11 @@ def _tensors(done: Run) -> dict[str, str]:
 
 
 def results_of(store: Path) -> dict[str, Any]:
-    """Every stored result by key and name: the digests of its files, except of measurements."""
+    """Every stored result by key and name: the digests of its files, except of measurements.
+
+    Those are rows, and what a step stores under the name "timings" because it has read a clock.
+    """
     metas = {entry.folder: files.read_json(entry.folder / "entry.json") for entry in Store(store).entries()}
     found = {f"{folder.parent.name}/{meta['name']}": meta["files"] for folder, meta in metas.items()}
     assert len(found) == len(metas), "a result is listed twice"
-    return {name: digests for name, digests in found.items() if not name.endswith("/row")}
+    return {name: digests for name, digests in found.items() if not name.endswith(("/row", "/timings"))}

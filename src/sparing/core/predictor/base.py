@@ -37,6 +37,8 @@ class Description:
     """Bytes of the saved payload files: all that is needed to answer."""
     layers: tuple[dict[str, Any], ...] = ()
     """Per layer, where known: {"name", "type", "parameters", …}."""
+    fetched_bytes: int | None = None
+    """Bytes of the payload that one answer reads; None: all."""
 
 
 @dataclass(frozen=True)
