@@ -6,8 +6,7 @@ surroundings, which are settings of all the other blocks; the optimiser takes th
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from sparing.adaptive.block_distillation import images_of
 from sparing.adaptive.descendants import BlockZoo
 from sparing.adaptive.lego import LegoModel
+from sparing.adaptive.lego_runtime import in_turns
 from sparing.adaptive.scaling import Profile
 from sparing.core.errors import DataError, InvalidValue, shown
 
@@ -137,13 +137,14 @@ def profile_latency(
             raise InvalidValue(f"{name} = {shown(value)}; a whole number of at least {least} is expected")
     if runtime not in ("module", "onnxruntime"):
         raise InvalidValue(f'runtime = {shown(runtime)}; "module" or "onnxruntime" is expected')
-    seconds = np.array(
-        [
-            _seconds([_call(module, x, runtime) for module in row], runs, warmup)
-            for row, x in zip(zoo.blocks, zoo.graph.block_inputs, strict=True)
-        ]
-    )
-    whole = float(_seconds([_call(zoo.graph.module, zoo.graph.example, runtime)], runs, warmup)[0])
+    with torch.inference_mode():
+        seconds = np.array(
+            [
+                in_turns([_call(module, x, runtime) for module in row], runs, warmup)
+                for row, x in zip(zoo.blocks, zoo.graph.block_inputs, strict=True)
+            ]
+        )
+        whole = float(in_turns([_call(zoo.graph.module, zoo.graph.example, runtime)], runs, warmup)[0])
     rel = (seconds[:, :1] - seconds) / seconds[:, :1]
     return seconds[:, 0], rel, whole
 
@@ -155,20 +156,6 @@ def _call(module: nn.Module, x: Tensor, runtime: Runtime) -> Callable[[], Any]:
 
     made, array = to_onnx(module, (x,)), x.cpu().numpy()
     return lambda: made(array)
-
-
-def _seconds(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
-    """Seconds of each call, mean of the middle half of its runs."""
-    taken = np.zeros((runs, len(calls)))
-    with torch.inference_mode():
-        for number in range(-warmup, runs):
-            for i, call in enumerate(calls):
-                start = time.perf_counter()
-                call()
-                if number >= 0:
-                    taken[number, i] = time.perf_counter() - start
-    taken.sort(axis=0)
-    return taken[runs // 4 : runs - runs // 4].mean(axis=0)
 
 
 def profile_blocks(

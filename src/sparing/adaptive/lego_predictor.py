@@ -6,14 +6,14 @@ that memory holds the loaded ones only.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from sparing.adaptive.lego_runtime import Layout, ScaledNetwork
+from sparing.adaptive.lego_runtime import Layout, ScaledNetwork, in_turns
 from sparing.adaptive.scaling import Profile
 from sparing.core.errors import CorruptFile, InvalidValue, shown
 from sparing.core.predictor.base import Context, Description, Predictor
@@ -228,19 +228,12 @@ class LegoPredictor(ScaledNetwork, Predictor):
     def profile_latency(self, *inputs: Any, runs: int = 100, warmup: int = 10) -> Profile:
         """Time every descendant on this machine, in this runtime, and go by that from now on.
 
-        ``inputs`` is usually one sample. Mean seconds of ``runs`` calls after ``warmup`` of them, for each descendant
-        on what the original network feeds it, and for the original network.
+        ``inputs`` is usually one sample. Seconds of ``runs`` calls after ``warmup`` of them (:func:`in_turns
+        <sparing.adaptive.lego_runtime.in_turns>`), for the descendants of each block on what the original network feeds
+        it, and for the original network.
         """
         if runs < 1 or warmup < 0:
             raise InvalidValue(f"runs = {runs}, warmup = {warmup}: at least 1 and 0 are needed")
-
-        def timed(run: Callable[[], Any]) -> float:
-            for _ in range(warmup):
-                run()
-            start = time.perf_counter()
-            for _ in range(runs):
-                run()
-            return (time.perf_counter() - start) / runs
 
         blocks, sizes = self.sizes.shape
         reached: dict[int, Any] = {}
@@ -256,20 +249,27 @@ class LegoPredictor(ScaledNetwork, Predictor):
         loaded = type(self._loaded)((0,) * blocks, tuple(watched(b) for b in range(blocks)))
         self._run(loaded, inputs)
         plain = replace(loaded, blocks=tuple(originals))
-        whole = timed(lambda: self._run(plain, inputs))
+        whole = float(in_turns([lambda: self._run(plain, inputs)], runs, warmup)[0])
         seconds = np.zeros((blocks, sizes))
         for b in range(blocks):
-            for s in range(sizes):
-                graph = originals[b] if s == 0 else self._fetch(b, s)
-                seconds[b, s] = timed(lambda graph=graph, b=b: graph(reached[b]))  # type: ignore[misc]
+            graphs = [originals[b], *(self._fetch(b, s) for s in range(1, sizes))]
+            seconds[b] = in_turns([partial(graph, reached[b]) for graph in graphs], runs, warmup)
         saved = 1 - seconds / seconds[:, :1]
         self.profile = replace(self.profile, latency=seconds[:, 0], rel=saved, model_latency=whole)
         return self.profile
 
+    def _loaded_graphs(self) -> list[str]:
+        chosen = {block_name(b, s) for b, s in enumerate(self.current)}
+        return [name for name in self.graphs if name.startswith("frame") or name in chosen]
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the graphs of the loaded selection and the frame."""
+        return sum(len(self.graphs[name]) for name in self._loaded_graphs())
+
     def describe(self) -> Description:
         """All descendants' parameters and bytes, and the multiply-accumulates of the loaded selection."""
-        loaded = [block_name(b, s) for b, s in enumerate(self.current)]
-        macs = [self.counts[name][2] for name in self.counts if name.startswith("frame") or name in loaded]
+        macs = [self.counts[name][2] for name in self._loaded_graphs()]
         return Description(
             kind=self.kind,
             runtime=self.runtime,
@@ -290,13 +290,14 @@ class LegoPredictor(ScaledNetwork, Predictor):
             "counts": {name: list(count) for name, count in self.counts.items()},
             "macs_rule": self.macs_rule,
             "current": list(self.current),
+            "residency": self.residency,
         }
 
     @classmethod
     def load_files(cls, files: Mapping[str, Any], manifest: Manifest, trust: Collection[str] = ()) -> Self:
         """Sessions on the verified graphs of the selection that was loaded when it was saved."""
         config = manifest.config
-        if config.keys() != {"layout", "profile", "counts", "macs_rule", "current"}:
+        if config.keys() != {"layout", "profile", "counts", "macs_rule", "current", "residency"}:
             raise CorruptFile(f"a lego predictor's settings are {sorted(config)}")
         for name, content in files.items():
             if not name.endswith(SUFFIX):
@@ -318,6 +319,7 @@ class LegoPredictor(ScaledNetwork, Predictor):
                 counts=counts,
                 macs_rule=str(config["macs_rule"]),
                 current=config["current"],
+                residency=config["residency"],
             )
         except (InvalidValue, TypeError, ValueError, AttributeError) as error:
             raise CorruptFile(f"the settings of a lego predictor do not fit its graphs: {error}") from error
