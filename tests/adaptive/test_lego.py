@@ -18,12 +18,15 @@ from lego_cases import Row, counting_profile, counting_zoo, read
 from torch import fx, nn
 
 import sparing
+from sparing.adaptive.blocks import extract_blocks
+from sparing.adaptive.descendants import BlockZoo
 from sparing.adaptive.lego import LegoModel, cut
 from sparing.adaptive.lego_predictor import LegoPredictor
 from sparing.adaptive.lego_runtime import Budget, Layout, LegoRuntime
 from sparing.adaptive.load import Request, poisson_load, serve
 from sparing.adaptive.scaling import InfeasibleError, Profile, ScalingOptimizer
 from sparing.core.errors import CorruptFile, InvalidValue, SparingError
+from sparing.core.predictor import build_model
 
 X = torch.zeros(2, 1, 2, 2)
 
@@ -177,6 +180,26 @@ def test_only_loaded_blocks_are_in_memory(profile: Profile, tmp_path: Path) -> N
     assert model.bytes == zoo.bytes[:, 0].sum()
     model.apply([3, 3, 3])
     assert sum(p.numel() * 4 for p in model.parameters()) == model.bytes == zoo.bytes[:, 3].sum()
+
+
+def test_blocks_from_disk_are_modules_of_their_own() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 8, 8)
+    network = build_model("convnet", widths=[4, 8], depths=[2, 2], image_size=8)
+    zoo = BlockZoo.build(extract_blocks(network, x, boundaries=[("stages.0.0", "stages.0.3")]), (0, 0.5))
+    model, kept = LegoModel(zoo, residency="disk"), LegoModel(zoo)
+    for options in ([1], [0], [1]):
+        model.apply(options)
+        kept.apply(options)
+        assert torch.equal(model(x), kept(x))
+    one, other = model._fetch(0, 1), model._fetch(0, 1)
+    assert type(one) is type(other)  # the traced graph is compiled once
+    assert not {id(tensor) for tensor in one.parameters()} & {id(tensor) for tensor in other.parameters()}
+    before = other(x)
+    for parameter in one.parameters():
+        parameter.zero_()
+    assert torch.equal(other(x), before)
+    assert not torch.equal(one(x), before)
 
 
 def test_module_apply_is_still_there(zoo: Any) -> None:

@@ -224,15 +224,23 @@ def test_highs_takes_over_where_too_much_is_within_reach(monkeypatch: pytest.Mon
 
 def test_a_choice_for_three_networks_takes_milliseconds() -> None:
     profiles = [drawn(seed, 8, 6, noisy=False) for seed in range(3)]
-    deadlines = [profile.model_latency * 0.6 for profile in profiles]
-    memory = sum(float(profile.bytes[:, 0].sum()) for profile in profiles) * 0.6
     optimizer = ScalingOptimizer(profiles)
-    seconds = []
+    draw = np.random.default_rng(0)
+    slowest = []
     for _ in range(20):
-        start = time.perf_counter()
-        optimizer.solve(deadlines, memory)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 5e-3
+        deadlines = [
+            one.model_latency - draw.uniform(0.1, 0.9) * float((one.latency[:, None] * one.rel).max(1).sum())
+            for one in profiles
+        ]
+        memory = draw.uniform(optimizer.smallest_bytes * 1.1, optimizer.original_bytes)
+        seconds = []
+        for _ in range(5):
+            start = time.thread_time()  # what else the machine does is not counted
+            optimizer.solve(deadlines, memory)
+            seconds.append(time.thread_time() - start)
+        slowest.append(min(seconds))
+    assert np.median(slowest) < 5e-3
+    assert max(slowest) < 10e-3  # checking the shapes of all calls takes time, too
 
 
 # --- the run-time estimate and switching

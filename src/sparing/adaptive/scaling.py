@@ -15,7 +15,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import numpy as np
 
@@ -303,6 +303,18 @@ class _TooMany(SparingError):
     """More partial selections are within reach than the enumeration holds."""
 
 
+class _Point(NamedTuple):
+    """A network's part of the dual, at a price of seconds."""
+
+    price: float
+    value: float
+    behind: float
+    """Seconds that are still to be saved: the value's slope."""
+    size: float
+    places: np.ndarray
+    """Of the options (B,) in the array of all."""
+
+
 class _Enumeration:
     """Lagrangian dual, a first selection, and all that could still be better.
 
@@ -328,6 +340,8 @@ class _Enumeration:
         self.need = np.maximum(problem.need, least) - 1e-13 * np.abs(self.drop).sum((1, 2))
         self.cap = min(problem.cap, float(np.where(finite, self.bytes, -np.inf).max(-1).sum()))
         self.cap += 1e-13 * float(np.abs(self.bytes).sum())
+        self.flat = np.stack([self.cost, self.drop, self.bytes]).reshape(3, self.count, -1)
+        self.rows = np.arange(blocks) * options
         self.best: np.ndarray | None = None
         self.best_cost = np.inf
         self.tolerance = 1e-12 * max(1.0, float(np.abs(self.cost[finite]).sum()))
@@ -360,79 +374,69 @@ class _Enumeration:
 
     # the dual: concave and piecewise linear, maximised exactly over λ for a given μ, and then over μ
 
-    def _argmin(self, price_s: np.ndarray, price_b: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(options (K, B), values (K,), seconds saved (K,), bytes (K,)) at these prices."""
-        priced = self.cost - price_s[:, None, None] * self.drop + price_b * self.bytes
-        chosen = priced.argmin(-1)[..., None]
-        value = np.take_along_axis(priced, chosen, -1).sum((1, 2)) + price_s * self.need
-        saved = np.take_along_axis(self.drop, chosen, -1).sum((1, 2))
-        size = np.take_along_axis(self.bytes, chosen, -1).sum((1, 2))
-        return chosen[..., 0], value, saved, size
+    def _at(self, k: int, base: np.ndarray, price_b: float, price_s: float) -> _Point:
+        """A network's cheapest selection at these prices; ``base`` (B, S) are costs and the price of bytes."""
+        places = self.rows + (base - price_s * self.drop[k]).argmin(1)
+        cost, saved, size = self.flat[:, k, places].sum(1).tolist()
+        behind = self.need[k] - saved
+        return _Point(price_s, cost + price_b * size + price_s * behind, behind, size, places)
 
     def _inner(self, price_b: float) -> tuple[float, np.ndarray, float]:
         """(Σ of the maxima over λ, the maximising λ (K,), bytes of the selection, mixed so that its seconds fit)."""
-        low = np.zeros(self.count)
-        options, value_l, saved_l, size_l = self._argmin(low, price_b)
-        short = saved_l < self.need
-        if not short.any():
-            self._offer(options)
-            return float(value_l.sum()), low, float(size_l.sum())
-        high = np.where(short, self.scale_s, 0.0)
-        feasible = options.copy()
-        for _ in range(200):
-            options, value_h, saved_h, size_h = self._argmin(high, price_b)
-            behind = saved_h < self.need
-            feasible[~behind] = options[~behind]
-            if not behind.any():
+        total, mixed, chosen = 0.0, 0.0, []
+        for k, base in enumerate(self.cost + price_b * self.bytes):
+            value, price, size, places = self._inner_of(k, base, price_b)
+            self.last[k] = price
+            total, mixed = total + value, mixed + size
+            chosen.append(places)
+        self._offer(np.stack(chosen) - self.rows)
+        return total, self.last.copy(), mixed
+
+    def _inner_of(self, k: int, base: np.ndarray, price_b: float) -> tuple[float, float, float, np.ndarray]:
+        """(maximum over a network's λ, λ, bytes of the mixed selection, places of one whose seconds suffice)."""
+        low = self._at(k, base, price_b, 0.0) if self.last[k] == 0 else None
+        if low is not None and low.behind <= 0:
+            return low.value, 0.0, low.size, low.places
+        # a bracket around where the seconds begin to suffice, from where they did at the price of bytes before
+        high, step = self._at(k, base, price_b, self.last[k] or self.scale_s), 2.0
+        while high.behind > 0 and high.price < 1e60 * self.scale_s:
+            low, high, step = high, self._at(k, base, price_b, high.price * step), min(step * step, 1e6)
+        if high.behind > 0:  # they can be saved only just, and added in this order they are less
+            return high.value, high.price, high.size, high.places
+        step = 0.5
+        while low is None:
+            least = high.price < 1e-6 * self.scale_s
+            point = self._at(k, base, price_b, 0.0 if least else high.price * step)
+            if point.behind > 0:
+                low = point
+            elif least:
+                return point.value, 0.0, point.size, point.places
+            else:
+                high, step = point, step * step
+        best = low if low.value > high.value else high
+        for _ in range(60):  # where the tangents at both ends meet
+            price = high.value - low.value + low.behind * low.price - high.behind * high.price
+            price /= low.behind - high.behind
+            if not low.price < price < high.price:
                 break
-            low = np.where(behind, high, low)
-            value_l, saved_l, size_l = (
-                np.where(behind, one, other)
-                for one, other in ((value_h, value_l), (saved_h, saved_l), (size_h, size_l))
-            )
-            high = np.where(behind, high * 8, high)
-        best, at = np.maximum(value_l, value_h), np.where(value_l >= value_h, low, high)
-        slope_l, slope_h = self.need - saved_l, self.need - saved_h
-        for _ in range(60):
-            gain = slope_l - slope_h
-            with np.errstate(invalid="ignore", divide="ignore"):
-                middle = np.where(gain > 0, (value_h - value_l + slope_l * low - slope_h * high) / gain, high)
-            middle = np.where(short, np.clip(middle, low, high), 0.0)
-            meets = np.where(short, value_l + slope_l * (middle - low), value_l)
-            options, value, saved, size = self._argmin(middle, price_b)
-            at, best = np.where(value > best, middle, at), np.maximum(best, value)
-            below = saved < self.need
-            feasible[~below] = options[~below]
-            open_ = short & (meets - value > 1e-12 * (1e-300 + np.abs(value)))
-            if not open_.any():
-                at = np.where(short, middle, 0.0)
+            point = self._at(k, base, price_b, price)
+            best = point if point.value > best.value else best
+            if low.value + low.behind * (price - low.price) - point.value <= 1e-12 * abs(point.value):
                 break
-            for side, where in ((True, below & open_), (False, ~below & open_)):
-                if side:
-                    low, value_l, saved_l, size_l = (
-                        np.where(where, one, other)
-                        for one, other in ((middle, low), (value, value_l), (saved, saved_l), (size, size_l))
-                    )
-                else:
-                    high, value_h, saved_h, size_h = (
-                        np.where(where, one, other)
-                        for one, other in ((middle, high), (value, value_h), (saved, saved_h), (size, size_h))
-                    )
-            slope_l, slope_h = self.need - saved_l, self.need - saved_h
-        self._offer(feasible)
-        gain = slope_l - slope_h
-        share = np.where(short & (gain > 0), -slope_h / np.where(gain > 0, gain, 1.0), 1.0)
-        mixed = np.where(short, share * size_l + (1 - share) * size_h, size_l)
-        return float(best.sum()), at, float(mixed.sum())
+            low, high = (point, high) if point.behind > 0 else (low, point)
+        share = high.behind / (high.behind - low.behind)
+        return best.value, best.price, share * low.size + (1 - share) * high.size, high.places
 
     def _dual(self) -> tuple[float, np.ndarray, float]:
         """(the dual's value, λ (K,), μ)."""
+        finite = np.isfinite(self.cost)
         spread = [
-            np.ptp(np.where(np.isfinite(self.cost), array, array[..., :1]), axis=-1).sum()
-            for array in (np.where(np.isfinite(self.cost), self.cost, 0), self.drop, self.bytes)
+            np.ptp(np.where(finite, array, array[..., :1]), axis=-1).sum()
+            for array in (np.where(finite, self.cost, 0), self.drop, self.bytes)
         ]
         self.scale_s = float(spread[0] / spread[1]) if spread[0] > 0 and spread[1] > 0 else 1.0
         scale_b = float(spread[0] / spread[2]) if spread[0] > 0 and spread[2] > 0 else 1.0
+        self.last = np.zeros(self.count)
         low = 0.0
         value_l, at_l, size_l = self._inner(low)
         if size_l <= self.cap:
@@ -499,13 +503,25 @@ class _Enumeration:
         """Take over the best selection whose cost is at most ``bound + gap``, if it beats the one known."""
         limit = gap + self.tolerance
         least = np.where(np.isfinite(self.cost), self.bytes, np.inf).min(-1).sum(-1)
-        parts = []
+        halves = []
         for k in range(self.count):
             room = self.cap - (least.sum() - least[k])
-            found = self._within_reach(k, room, limit, reduced[k], float(price_s[k]))
+            found = _Halves.of(self, k, room, limit, reduced[k], float(price_s[k]))
             if found is None:
                 return
-            parts.append(found)
+            halves.append(found)
+        # what the deadline of a network costs it in any case leaves the others less of the gap
+        owed = np.array([half.least for half in halves])
+        if owed.sum() > limit:
+            return
+        chosen = np.zeros(self.rows.shape, int)[None].repeat(self.count, 0)
+        for k, half in enumerate(halves):
+            chosen[k] = half.best()
+        self._offer(chosen)
+        if self.best is not None:
+            self._improve()
+            limit = min(limit, self.best_cost - bound + self.tolerance)
+        parts = [half.complete(limit - (owed.sum() - owed[k])) for k, half in enumerate(halves)]
         # join the networks: only bytes are shared, so that of each only what is best in (cost, bytes) matters
         extra, cost, size, _ = parts[0]
         chosen = np.arange(len(cost))[:, None]
@@ -514,8 +530,7 @@ class _Enumeration:
             if len(extra) * len(extra_k) > 16 * MAX_STATES:
                 raise _TooMany("too many selections are within reach of the best")
             joined = extra[:, None] + extra_k
-            rest = least[k + 1 :].sum()
-            keep = (joined <= limit) & (size[:, None] + size_k + rest <= self.cap)
+            keep = (joined + owed[k + 1 :].sum() <= limit) & (size[:, None] + size_k + least[k + 1 :].sum() <= self.cap)
             one, other = np.nonzero(keep)
             if len(one) > MAX_STATES:
                 raise _TooMany("too many selections are within reach of the best")
@@ -530,42 +545,109 @@ class _Enumeration:
                 self.best_cost = float(cost[winner])
                 self.best = np.stack([parts[k][3][chosen[winner, k]] for k in range(self.count)])
 
-    def _within_reach(
-        self, k: int, room: float, limit: float, reduced: np.ndarray, price_s: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-        """(reduced cost, cost, bytes, options) of the selections of a network that could be part of a better one."""
-        cost, drop, size, need = self.cost[k], self.drop[k], self.bytes[k], float(self.need[k])
+
+@dataclass(frozen=True)
+class _Half:
+    """Selections of half of a network's blocks."""
+
+    extra: np.ndarray
+    """(N,) reduced costs and the price of the seconds saved."""
+    cost: np.ndarray
+    saved: np.ndarray
+    size: np.ndarray
+    options: np.ndarray
+    """(N, blocks of this half)."""
+
+    def __getitem__(self, index: np.ndarray) -> _Half:
+        return _Half(*(getattr(self, item.name)[index] for item in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """A network's selections within reach, as those of its first and of its last blocks."""
+
+    first: _Half
+    last: _Half
+    need: float
+    room: float
+    to_first: np.ndarray
+    """For each first half, the least ``extra`` of a last half with which the seconds suffice; for each last half:"""
+    to_last: np.ndarray
+    offset: float
+    """What is to be subtracted from the sum of both ``extra`` for the reduced cost of the network."""
+
+    @property
+    def least(self) -> float:
+        """The least reduced cost of the network, the price of seconds beyond its need counted."""
+        return float((self.first.extra + self.to_first).min()) - self.offset
+
+    def best(self) -> np.ndarray:
+        """The options (B,) that attain it."""
+        one = int((self.first.extra + self.to_first).argmin())
+        enough = np.searchsorted(self.last.saved, self.need - self.first.saved[one])
+        other = enough + int(self.last.extra[enough:].argmin())
+        return np.concatenate([self.first.options[one], self.last.options[other]])
+
+    @classmethod
+    def of(
+        cls, whole: _Enumeration, k: int, room: float, limit: float, reduced: np.ndarray, price_s: float
+    ) -> _Halves | None:
+        """None: nothing is within reach."""
+        need, middle = float(whole.need[k]), len(reduced) // 2
         usable = reduced <= limit
-        future_drop = np.append(np.cumsum(np.where(usable, drop, -np.inf).max(-1)[::-1])[::-1], 0.0)
-        future_size = np.append(np.cumsum(np.where(usable, size, np.inf).min(-1)[::-1])[::-1], 0.0)
-        extra = saved = total = held = np.zeros(1)
-        trail: list[tuple[np.ndarray, np.ndarray]] = []
-        for b in range(len(cost)):
-            options = np.flatnonzero(usable[b])
-            next_extra = extra[:, None] + reduced[b, options]
-            next_saved = saved[:, None] + drop[b, options]
-            next_held = held[:, None] + size[b, options]
-            keep = (next_extra <= limit) & (next_saved + future_drop[b + 1] >= need)
-            keep &= next_held + future_size[b + 1] <= room
-            parent, option = np.nonzero(keep)
-            if not len(parent):
-                return None
-            if len(parent) > MAX_STATES:
-                raise _TooMany("too many selections are within reach of the best")
-            extra, saved, held = next_extra[keep], next_saved[keep], next_held[keep]
-            total = total[parent] + cost[b, options[option]]
-            trail.append((parent, options[option]))
-        extra = extra + price_s * (saved - need)
-        keep = np.flatnonzero(extra <= limit)
-        keep = keep[_front(total[keep], held[keep])]
-        if not len(keep):
-            return None
-        chosen = np.empty((len(keep), len(cost)), int)
-        at = keep
-        for b in reversed(range(len(cost))):
-            parent, option = trail[b]
-            chosen[:, b], at = option[at], parent[at]
-        return extra[keep], total[keep], held[keep], chosen
+        drop = np.where(usable, whole.drop[k], -np.inf).max(-1)
+        size = np.where(usable, whole.bytes[k], np.inf).min(-1)
+        made = []
+        for blocks in (range(middle), range(middle, len(reduced))):
+            rest_drop = drop.sum() - drop[blocks.start : blocks.stop].sum()
+            rest_size = size.sum() - size[blocks.start : blocks.stop].sum()
+            extra = saved = held = total = np.zeros(1)
+            options = np.zeros((1, 0), int)
+            for b in blocks:
+                at = np.flatnonzero(usable[b])
+                later = slice(b + 1, blocks.stop)
+                next_extra = extra[:, None] + reduced[b, at]
+                next_saved = saved[:, None] + whole.drop[k, b, at]
+                next_held = held[:, None] + whole.bytes[k, b, at]
+                keep = (next_extra <= limit) & (next_saved >= need - rest_drop - drop[later].sum())
+                keep &= next_held <= room - rest_size - size[later].sum()
+                parent, option = np.nonzero(keep)
+                if not len(parent):
+                    return None
+                if len(parent) > MAX_STATES:
+                    raise _TooMany("too many selections are within reach of the best")
+                extra, saved, held = next_extra[keep], next_saved[keep], next_held[keep]
+                total = total[parent] + whole.cost[k, b, at[option]]
+                options = np.concatenate([options[parent], at[option][:, None]], axis=1)
+            order = saved.argsort()
+            made.append(_Half(extra + price_s * saved, total, saved, held, options)[order])
+        first, last = made
+        to_first, to_last = _partner(first, last, need), _partner(last, first, need)
+        found = cls(first, last, need, room, to_first, to_last, price_s * need)
+        return found if math.isfinite(found.least) else None
+
+    def complete(self, limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(reduced cost, cost, bytes, options) of the selections of at most this reduced cost."""
+        most = limit + self.offset
+        first = self.first[self.first.extra + self.to_first <= most]
+        last = self.last[self.last.extra + self.to_last <= most]
+        if len(first.extra) * len(last.extra) > 16 * MAX_STATES:
+            raise _TooMany("too many selections are within reach of the best")
+        one, other = np.nonzero(first.extra[:, None] + last.extra <= most)
+        keep = first.saved[one] + last.saved[other] >= self.need
+        keep &= first.size[one] + last.size[other] <= self.room
+        one, other = one[keep], other[keep]
+        cost, size = first.cost[one] + last.cost[other], first.size[one] + last.size[other]
+        front = _front(cost, size)
+        one, other = one[front], other[front]
+        options = np.concatenate([first.options[one], last.options[other]], axis=1)
+        return first.extra[one] + last.extra[other] - self.offset, cost[front], size[front], options
+
+
+def _partner(half: _Half, other: _Half, need: float) -> np.ndarray:
+    """For each of a half, the least ``extra`` of the other with which the seconds suffice; both by seconds saved."""
+    least = np.append(np.minimum.accumulate(other.extra[::-1])[::-1], np.inf)
+    return least[np.searchsorted(other.saved, need - half.saved)]
 
 
 def _front(cost: np.ndarray, size: np.ndarray) -> np.ndarray:
