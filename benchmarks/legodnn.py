@@ -370,7 +370,8 @@ def grid(net: str, seed: int, by: str, steps: int) -> Grid:
         fitting = [[s for s, size in enumerate(sizes) if size <= budget * (1 + 1e-9)] for budget in budgets]
         return [test[max(fits, key=val.__getitem__)] for fits in fitting]
 
-    return Grid(budgets, measured[:steps], best("blocks"), best("untrained"), best("tuned"), measured[steps:])
+    tuned_arm = best("tuned") if seed in done(net, "tuned") else []
+    return Grid(budgets, measured[:steps], best("blocks"), best("untrained"), tuned_arm, measured[steps:])
 
 
 def drawn(net: str, seed: int, count: int = 30) -> list[Options]:
@@ -417,10 +418,10 @@ def bytes_saved(net: str, seed: int) -> tuple[float, float]:
     return 100 * (1 - moved / whole), 100 * (1 - moved / uniform)
 
 
-def done(net: str) -> list[int]:
-    """The seeds whose trainings of a network are complete."""
-    last = f"tuned{len(SPARSITIES) - 1}.npz"
-    return [seed for seed in SEEDS if (work() / net / f"seed{seed}" / last).is_file()]
+def done(net: str, arm: str = "blocks") -> list[int]:
+    """The seeds for which an arm of a network has been trained."""
+    last = f"tuned{len(SPARSITIES) - 1}" if arm == "tuned" else "blocks"
+    return [seed for seed in SEEDS if (work() / net / f"seed{seed}" / f"{last}.npz").is_file()]
 
 
 def compared(arm: str) -> dict[str, Any]:
@@ -428,27 +429,30 @@ def compared(arm: str) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for net in NETS:
         for by in ("bytes", "seconds"):
-            grids = [grid(net, seed, by, 6) for seed in done(net)]
+            grids = [grid(net, seed, by, 6) for seed in done(net, arm)]
             if grids:
                 about[f"{net}, budgets, {by}"] = np.mean([g.budgets for g in grids], 0).tolist()
                 for name, one in {"LegoDNN": "lego", arm: arm}.items():
                     about[f"{net}, budgets of {by}, {name}, %"] = np.mean([getattr(g, one) for g in grids], 0).tolist()
-        about[f"{net}, seeds"] = done(net)
+        about[f"{net}, seeds"] = done(net, arm)
     return about
 
 
 def versus(arm: str, net: str = "resnet") -> list[float]:
     """Points of accuracy above another arm for each seed, mean over the 6 budgets of bytes and the 6 of latency."""
-    return [np.mean([grid(net, seed, by, 6).gain(arm) for by in ("bytes", "seconds")]).item() for seed in done(net)]
+    return [
+        np.mean([grid(net, seed, by, 6).gain(arm) for by in ("bytes", "seconds")]).item() for seed in done(net, arm)
+    ]
 
 
 def measure_tables() -> list[Claim]:
     """Everything that the accuracies of composed networks tell."""
-    if not done("resnet"):
+    if not done("resnet", "tuned"):
         raise SystemExit("no training is complete: python benchmarks/legodnn.py train")
     seeds = done("resnet")
     uniform, untrained, random = (difference_over_seeds(versus(arm)) for arm in ("uniform", "untrained", "random"))
-    fine = [grid("resnet", seed, "bytes", 25) for seed in seeds]
+    tuned_seeds = done("resnet", "tuned")
+    fine = [grid("resnet", seed, "bytes", 25) for seed in tuned_seeds]
     tuning = difference_over_seeds([one.gain("tuned") for one in fine])
     additive = [predicted_accuracy("resnet", seed) for seed in seeds]
     walks = [bytes_saved("resnet", seed) for seed in seeds]
@@ -458,7 +462,7 @@ def measure_tables() -> list[Claim]:
         "sparsities": list(SPARSITIES),
         **{
             f"the whole network at each sparsity, {name}, %": np.mean(
-                [at_one_sparsity("resnet", seed, arm, "test") for seed in seeds], 0
+                [at_one_sparsity("resnet", seed, arm, "test") for seed in done("resnet", arm)], 0
             ).tolist()
             for arm, name in (("blocks", "trained blocks"), ("untrained", "untrained"), ("tuned", "fine-tuned"))
         },
@@ -513,14 +517,14 @@ def measure_tables() -> list[Claim]:
             threshold=1.0,
             gate=False,
             interval95=tuning.interval,
-            seeds=seeds,
+            seeds=tuned_seeds,
             details=compared("tuned")
             | {
                 "points above, 6 budgets of bytes": np.mean(
-                    [grid("resnet", s, "bytes", 6).gain("tuned") for s in seeds]
+                    [grid("resnet", s, "bytes", 6).gain("tuned") for s in tuned_seeds]
                 ),
                 "points above, 6 budgets of latency": np.mean(
-                    [grid("resnet", s, "seconds", 6).gain("tuned") for s in seeds]
+                    [grid("resnet", s, "seconds", 6).gain("tuned") for s in tuned_seeds]
                 ),
                 "points above at each of the 25 budgets": losses.mean(0).tolist(),
                 "share of the 25 budgets where it is behind, %": 100 * float((losses.mean(0) < 0).mean()),
