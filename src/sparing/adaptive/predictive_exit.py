@@ -115,9 +115,9 @@ class PredictiveExit(Train):
         stored = job.store.once("exits", train, All({"weights": TENSORS, "record": JSON}))
         model = self._attached(job)
         load_weights(model, stored["weights"])
-        found = job.store.once(
-            "predictor", lambda: self._predictor(job, model), All({"predictor": PREDICTOR, "report": JSON})
-        )
+        # what is chosen by time depends on the threads that time is taken with
+        name = f"predictor-{self._threads(job)}-threads" if self.objective == "latency" else "predictor"
+        found = job.store.once(name, lambda: self._predictor(job, model), All({"predictor": PREDICTOR, "report": JSON}))
         self.report(job, FitResult.of(model, stored["record"]))
         report: dict[str, Any] = found["report"]
         job.notes.outcome = report["outcome"]
@@ -184,7 +184,7 @@ class PredictiveExit(Train):
 
         whole = made(None)
         logits, labels = tabulated(whole, job.task, job.val)
-        objective = self._objective(whole, job.task)
+        objective = self._objective(whole, job)
 
         def calibrated(family: Family, **settings: Any) -> Calibrated:
             limits: dict[str, Any] = {"max_loss": self.max_loss, "caution": self.caution}
@@ -199,14 +199,20 @@ class PredictiveExit(Train):
         predictor = (whole if len(places) == cost.exits else made(places)).with_policy(chosen.policy, chosen.macs)
         return {"predictor": predictor, "report": report}
 
-    def _objective(self, whole: EarlyExitPredictor, task: Task) -> Objective | None:
+    def _threads(self, job: Job) -> int:
+        return job.meter.threads if job.meter else 1
+
+    def _objective(self, whole: EarlyExitPredictor, job: Job) -> Objective | None:
         from sparing.adaptive.dvfs import EnergyModel
         from sparing.adaptive.exit_predictor import timed
 
         if self.objective == "macs":
             return None
         if self.objective == "latency":
-            seconds = timed(whole, task.example_input(1))
+            before = whole.threads
+            whole.set_threads(self._threads(job))
+            seconds = timed(whole, job.task.example_input(1))
+            whole.set_threads(before)
             return lambda trace: float(seconds.per_sample(trace).mean())
         model = EnergyModel.of_network(whole.cost)
         return lambda trace: model.simulate(trace, whole.cost).joules
