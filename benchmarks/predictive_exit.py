@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 
 from _claims import Claim, main, revision
 from sparing.adaptive import exit_training, exits
-from sparing.adaptive.calibration import Calibrated, activation_rules, calibrate
+from sparing.adaptive.calibration import Calibrated, activation_rules, calibrate, worthwhile_exits
 from sparing.adaptive.dvfs import EnergyModel
 from sparing.adaptive.exit_cost import CostModel
 from sparing.adaptive.exit_predictor import EarlyExitPredictor, needed_exits, staged, tabulated, timed
@@ -440,16 +440,18 @@ def measure_tables() -> list[Claim]:
 # ------------------------------------------------------------------------------------------------------------ wall time
 
 
-def in_turn(arms: dict[str, Callable[[Any], Any]], images: Sequence[Any], stretch: int) -> dict[str, float]:
-    """Mean milliseconds of an image; each arm answers ``stretch`` images, then the next arm the same ones."""
-    spent = dict.fromkeys(arms, 0.0)
+def in_turn(one: Callable[[Any], Any], other: Callable[[Any], Any], images: Sequence[Any], stretch: int) -> Any:
+    """Milliseconds of an image, medians over stretches: both answer ``stretch`` images, then the next ones."""
+    taken: list[list[float]] = []
     for start in range(0, len(images), stretch):
-        for name, arm in arms.items():
+        row = []
+        for arm in (one, other):
             begin = time.perf_counter()
             for image in images[start : start + stretch]:
                 arm(image)
-            spent[name] += time.perf_counter() - begin
-    return {name: 1e3 * seconds / len(images) for name, seconds in spent.items()}
+            row.append(1e3 * (time.perf_counter() - begin) / stretch)
+        taken.append(row)
+    return np.median(taken, axis=0).tolist()
 
 
 def measure_speed() -> list[Claim]:
@@ -459,38 +461,49 @@ def measure_speed() -> list[Claim]:
         model, data, t = with_exits(seed), task().splits(None), table(seed)
         whole = EarlyExitPredictor(*staged(model, task()), FullNetworkPolicy(), t.cost, task(), threads=1)
         seconds = timed(whole, task().example_input(1))
-        quickest = calibrate(
-            "predictive",
-            t.val,
-            t.val_labels,
-            t.cost,
-            max_loss=MAX_LOSS,
-            objective=lambda trace, seconds=seconds: float(seconds.per_sample(trace).mean()),  # type: ignore[misc]
-        )
-        placed = calibrate("placed", t.val, t.val_labels, t.cost, max_loss=MAX_LOSS)
-        by_latency, by_macs = scored(quickest, t), chosen("predictive", seed)
+        limits: dict[str, Any] = {"max_loss": MAX_LOSS}
+        kept = worthwhile_exits("predictive", t.val, t.val_labels, t.cost, objective=seconds.objective, **limits)
 
-        def built(policy: Any, model: Any = model, cost: CostModel = t.cost) -> EarlyExitPredictor:
+        def quickest(exits: tuple[int, ...], t: Table = t, seconds: CostModel = seconds) -> tuple[Table, Any]:
+            """The network with these exits alone, and its policy with the least latency in calibration."""
+            heads = [*exits, t.cost.exits]
+            few = Table(t.val[:, heads], t.val_labels, t.test[:, heads], t.test_labels, t.cost.of_exits(exits))
+            by_time = seconds.objective(exits)
+            found = calibrate("predictive", few.val, few.val_labels, few.cost, max_loss=MAX_LOSS, objective=by_time)
+            return few, found.policy
+
+        def built(exits: tuple[int, ...], policy: Any, model: Any = model, t: Table = t) -> EarlyExitPredictor:
+            cost = t.cost.of_exits(exits)
             places = sorted(needed_exits(policy, cost.exits))
-            return EarlyExitPredictor(*staged(model, task(), places), policy, cost, task(), places=places, threads=1)
+            parts = staged(model, task(), [exits[place] for place in places])
+            return EarlyExitPredictor(*parts, policy, cost, task(), places=places, threads=1)
 
+        every = tuple(range(t.cost.exits))
+        few, policy = quickest(kept)
+        ours = scored_trace(policy, policy.run(few.test), few)
+        placed = calibrate("placed", t.val, t.val_labels, t.cost, max_loss=MAX_LOSS)
+        full = to_onnx(backbone(seed), None, task(), threads=1)
         arms: dict[str, Callable[[Any], Any]] = {
-            "full": to_onnx(backbone(seed), None, task(), threads=1),
-            "calibrated for latency": built(by_latency.policy),
-            "calibrated for macs": built(by_macs.policy),
-            "exits placed, each asked": built(placed.policy),
+            "calibrated for latency, exits that pay": built(kept, policy),
+            "calibrated for latency, all exits": built(every, quickest(every)[1]),
+            "calibrated for macs, all exits": built(every, chosen("predictive", seed).policy),
+            "exits placed, each asked": built(every, placed.policy),
         }
         images = [data.test[i][0][None].numpy() for i in range(2000)]
-        in_turn(arms, images[:200], 50)  # warm up
-        means = in_turn(arms, images, 50)
-        ratios.append(means["full"] / means["calibrated for latency"])
+        times = {}
+        for name, arm in arms.items():
+            in_turn(full, arm, images[:200], 50)  # warm up
+            times[name] = in_turn(full, arm, images, 50)
+        whole_ms, ours_ms = times["calibrated for latency, exits that pay"]
+        ratios.append(whole_ms / ours_ms)
         details.append(
             {
-                "mean ms, 50 images each in turn": means,
-                "mean ms, one image each in turn (caches of another network)": in_turn(arms, images[:500], 1),
-                "points lost": by_latency.loss,
-                "share of the full network's MACs": by_latency.macs,
-                "policy": str(by_latency.policy),
+                "ms of the full network and of the other, 50 images each in turn": times,
+                "exits": list(kept),
+                "points lost": ours.loss,
+                "share of the full network's MACs": ours.macs,
+                "exit evaluations": ours.evaluations,
+                "policy": str(policy),
             }
         )
     found = difference_over_seeds(ratios)

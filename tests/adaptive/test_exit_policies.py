@@ -18,6 +18,7 @@ from sparing.adaptive.calibration import (
     entropy_rules,
     greedy_exits,
     softmax_rules,
+    worthwhile_exits,
 )
 from sparing.adaptive.confidence import ConfidenceRule, activation_thresholds
 from sparing.adaptive.exit_cost import CostModel, placement_scores, sdn_exits
@@ -203,6 +204,27 @@ def test_calibration_for_another_objective(family: str) -> None:
     by_other = calibrate(family, logits, labels, COST, max_loss=0.05, objective=asked)  # type: ignore[arg-type]
     assert by_other.spent == asked(by_other.policy.run(logits)) <= asked(by_macs.policy.run(logits))
     assert by_other.macs >= by_macs.macs == by_macs.spent
+
+
+def test_a_cost_of_some_exits_alone() -> None:
+    cost = CostModel((1.0, 2.0, 4.0, 8.0), (0.1, 0.2, 0.3), 0.01)
+    assert cost.of_exits((0, 2)) == CostModel((1.0, 6.0, 8.0), (0.1, 0.3), 0.01)
+    assert cost.of_exits((0, 1, 2)) == cost
+    for wrong in ((), (1, 0), (0, 3), (-1,), (1, 1)):
+        with pytest.raises(InvalidValue, match=r"exits = .*0…2"):
+            cost.of_exits(wrong)
+
+
+def test_exits_that_do_not_pay_are_left_out() -> None:
+    logits, labels = table(500, seed=1)
+    cost = replace(COST, exit_macs=(1.0, 60.0, 1.0, 60.0, 1.0, 60.0))
+    kept = worthwhile_exits("predictive", logits, labels, cost, max_loss=0.05)
+    assert set(kept) <= {0, 2, 4}
+    heads = [*kept, cost.exits]
+    few = calibrate("predictive", logits[:, heads], labels, cost.of_exits(kept), max_loss=0.05)
+    assert few.macs < calibrate("predictive", logits, labels, cost, max_loss=0.05).macs
+    by_other = worthwhile_exits("predictive", logits, labels, COST, objective=cost.objective, max_loss=0.05)
+    assert by_other == kept
 
 
 def test_calibration_keeps_the_network_when_nothing_will_do() -> None:

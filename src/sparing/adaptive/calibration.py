@@ -187,6 +187,50 @@ def _best(
     return best
 
 
+def worthwhile_exits(
+    family: Family,
+    exit_logits: Float[np.ndarray, "samples heads classes"],
+    labels: Int[np.ndarray, " labels"],
+    cost: CostModel,
+    *,
+    objective: Callable[[tuple[int, ...]], Objective | None] = lambda exits: None,
+    **settings: object,
+) -> tuple[int, ...]:
+    """The exits, from 0, that a network should keep for policies of a family.
+
+    Added one at a time, each the one with which the cheapest policy spends least, until none helps. An exit that is
+    there costs time even where the samples seldom ask it: the network is cut behind it.
+
+    Args:
+        family: see :func:`calibrate`.
+        exit_logits: of all exits, the final head last.
+        labels: the right classes.
+        cost: of the network with all its exits.
+        objective: for some exits, what is to be least on the network that has these alone.
+        settings: further arguments of :func:`calibrate`.
+    """
+    kept: tuple[int, ...] = ()
+    least = np.inf
+    while len(kept) < cost.exits:
+        found: dict[tuple[int, ...], float] = {}
+        for extra in sorted(set(range(cost.exits)) - set(kept)):
+            exits = tuple(sorted({*kept, extra}))
+            table = exit_logits[:, [*exits, cost.exits]]
+            found[exits] = calibrate(
+                family,
+                table,
+                labels,
+                cost.of_exits(exits),
+                objective=objective(exits),
+                **settings,  # type: ignore[arg-type]
+            ).spent
+        best = min(found, key=found.__getitem__)
+        if found[best] >= least:
+            break
+        kept, least = best, found[best]
+    return kept
+
+
 def greedy_exits(
     exit_logits: Float[np.ndarray, "samples heads classes"],
     labels: Int[np.ndarray, " samples"],

@@ -7,6 +7,7 @@ by the formulas below; measured ones are another column (:mod:`sparing.core.ener
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -172,6 +173,10 @@ class EnergyModel:
         late = float(shares @ (found[:, 0] > deadline * (1 + 1e-9)))
         seconds, joules, full_clock, switches = (float(shares @ column) for column in found.T)
         return EnergyReport(joules, full_clock, network, seconds, deadline, late, switches)
+
+    def objective(self, cost: CostModel) -> Callable[[Sequence[int]], Callable[[ExitTrace], float]]:
+        """For some of the exits of ``cost``: the joules of traces of the network with these alone."""
+        return lambda exits: lambda trace: self.simulate(trace, cost.of_exits(exits)).joules
 
     def _one(
         self, left: int, evaluated: np.ndarray, jumps: np.ndarray, cost: CostModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +45,28 @@ class CostModel:
         """Of the network without exits."""
         return float(sum(self.layer_macs))
 
+    def of_exits(self, exits: Sequence[int]) -> CostModel:
+        """The network with these of its exits alone, from 0, ascending: layers up to each since the one before it."""
+        if list(exits) != sorted({int(e) for e in exits if 0 <= e < self.exits}) or not exits:
+            raise InvalidValue(
+                f"exits = {list(exits)}; different numbers of 0…{self.exits - 1}, ascending, are expected"
+            )
+        starts = [0, *(e + 1 for e in exits)]
+        ends = [*(e + 1 for e in exits), self.exits + 1]
+        layers = tuple(float(sum(self.layer_macs[a:b])) for a, b in zip(starts, ends, strict=True))
+        return CostModel(layers, tuple(self.exit_macs[e] for e in exits), self.round_macs)
+
     def per_sample(self, trace: ExitTrace) -> Float[np.ndarray, " samples"]:
         """Layers that ran, exits that were evaluated, and the rounds of the forecasts."""
         if trace.evaluated.shape[1] != self.exits:
             raise InvalidValue(f"the trace has {trace.evaluated.shape[1]} exits, the cost model {self.exits}")
         layers = np.cumsum(self.layer_macs)[trace.exit_index]
         return layers + trace.evaluated @ np.asarray(self.exit_macs, float) + trace.jumps.sum(axis=1) * self.round_macs
+
+    def objective(self, exits: Sequence[int]) -> Callable[[ExitTrace], float]:
+        """What traces of the network with these exits alone cost, on average."""
+        cost = self.of_exits(exits)
+        return lambda trace: float(cost.per_sample(trace).mean())
 
 
 def sdn_exits(cost: CostModel, shares: Sequence[float] = SDN_SHARES) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from sparing.core.store import JSON, PREDICTOR, TENSORS, All
 from sparing.core.training import FitResult, Train
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy as np
 
     from sparing.adaptive.calibration import Calibrated, Objective
@@ -69,6 +71,8 @@ class PredictiveExit(Train):
     """Standard errors that are added to a policy's loss, since the validation data flatter the one that is chosen."""
     objective: Literal["macs", "latency", "energy"] = "macs"
     """What is to be least: multiply-accumulates, time of one sample as measured here, or simulated joules."""
+    choose_exits: bool = False
+    """Leave out exits that do not pay for themselves by the objective: the network is cut behind each that is there."""
     kernel: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of the forecast's convolution over the classes."""
     max_round: int = Field(default=8, ge=1)
@@ -168,54 +172,67 @@ class PredictiveExit(Train):
         )  # fmt: skip
 
     def _predictor(self, job: Job, model: MultiExitModel) -> dict[str, Any]:
-        from sparing.adaptive.calibration import calibrate
+        from sparing.adaptive.calibration import calibrate, worthwhile_exits
         from sparing.adaptive.exit_predictor import EarlyExitPredictor, needed_exits, quantised, staged, tabulated
         from sparing.adaptive.policies import FullNetworkPolicy
 
         cost = model.costs(job.task.example_input(1))
         int8 = self._int8(job)
 
-        def made(places: list[int] | None) -> EarlyExitPredictor:
-            stages, exits = staged(model, job.task, places)
+        def made(exits: Sequence[int], cost: CostModel, places: Sequence[int]) -> EarlyExitPredictor:
+            stages, parts = staged(model, job.task, exits)
             if int8:
-                stages, exits = quantised(stages, exits, job.task, job.calibration, self.samples)
+                stages, parts = quantised(stages, parts, job.task, job.calibration, self.samples)
             policy = FullNetworkPolicy()
-            return EarlyExitPredictor(stages, exits, policy, cost, job.task, places=places, mean_macs=cost.full)
+            return EarlyExitPredictor(stages, parts, policy, cost, job.task, places=places, mean_macs=cost.full)
 
-        whole = made(None)
+        exits = tuple(range(cost.exits))
+        whole = made(exits, cost, exits)
         logits, labels = tabulated(whole, job.task, job.val)
         objective = self._objective(whole, job)
-
-        def calibrated(family: Family, **settings: Any) -> Calibrated:
-            limits: dict[str, Any] = {"max_loss": self.max_loss, "caution": self.caution}
-            return calibrate(family, logits, labels, cost, objective=objective, **limits, **settings)
-
-        chosen = calibrated(self.policy, **self._settings())
-        compared = {family: chosen if family == self.policy else calibrated(family) for family in FAMILIES}
+        limits: dict[str, Any] = {"max_loss": self.max_loss, "caution": self.caution}
+        own = self._settings()
+        if self.choose_exits:
+            exits = worthwhile_exits(self.policy, logits, labels, cost, objective=objective, **limits, **own)
+            logits, cost = logits[:, [*exits, cost.exits]], cost.of_exits(exits)
+        compared: dict[Family, Calibrated] = {
+            family: calibrate(
+                family,
+                logits,
+                labels,
+                cost,
+                objective=objective(exits),
+                **limits,
+                **(own if family == self.policy else {}),
+            )
+            for family in FAMILIES
+        }
+        chosen = compared[self.policy]
         report = self._report(compared, logits, cost, int8)
         if isinstance(chosen.policy, FullNetworkPolicy) and job.predictor is not None:
             return {"predictor": job.predictor, "report": report}
         places = sorted(needed_exits(chosen.policy, cost.exits))
-        predictor = (whole if len(places) == cost.exits else made(places)).with_policy(chosen.policy, chosen.macs)
-        return {"predictor": predictor, "report": report}
+        needed = [exits[place] for place in places]
+        predictor = whole if len(needed) == len(whole.exits) else made(needed, cost, places)
+        return {"predictor": predictor.with_policy(chosen.policy, chosen.macs), "report": report}
 
     def _threads(self, job: Job) -> int:
         return job.meter.threads if job.meter else 1
 
-    def _objective(self, whole: EarlyExitPredictor, job: Job) -> Objective | None:
+    def _objective(self, whole: EarlyExitPredictor, job: Job) -> Callable[[tuple[int, ...]], Objective | None]:
+        """For some of the exits: what is to be least; None: the mean of multiply-accumulates."""
         from sparing.adaptive.dvfs import EnergyModel
         from sparing.adaptive.exit_predictor import timed
 
         if self.objective == "macs":
-            return None
+            return lambda exits: None
         if self.objective == "latency":
             before = whole.threads
             whole.set_threads(self._threads(job))
             seconds = timed(whole, job.task.example_input(1))
             whole.set_threads(before)
-            return lambda trace: float(seconds.per_sample(trace).mean())
-        model = EnergyModel.of_network(whole.cost)
-        return lambda trace: model.simulate(trace, whole.cost).joules
+            return seconds.objective
+        return EnergyModel.of_network(whole.cost).objective(whole.cost)
 
     def _settings(self) -> dict[str, Any]:
         if self.policy != "predictive":
