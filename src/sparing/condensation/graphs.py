@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,16 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, relu
 
+from sparing.condensation.callbacks import Callbacks
 from sparing.condensation.loop import (
-    SAVE_EVERY_S,
-    Callbacks,
-    CondensingCost,
     LabelAllocation,
     allocate_labels,
     check_positive,
     check_rate,
     check_whole,
-    condensing_cost,
+    cost_of,
     rows_for_all,
     run_iterations,
 )
@@ -93,12 +91,12 @@ def logistic_noise(
 def relaxed_adjacency(
     omega: Float[Tensor, "*n N N"], noise: Float[Tensor, "*n N N"], temperature: float, symmetric: bool = True
 ) -> Float[Tensor, "*n N N"]:
-    """A binary-concrete sample of graphs with edge logits Ω (arXiv:2206.07746, section 3.2): σ((O + noise)/t), no loops.
+    """A binary-concrete sample of graphs with edge logits Ω (arXiv:2206.07746, section 3.2): σ((O + noise)/t).
 
     Args:
         omega: edge logits (…, N, N), row = target.
         noise: from :func:`logistic_noise`, (…, N, N).
-        temperature: t; the closer to 0, the closer is the sample to zeros and ones.
+        temperature: t; the closer to 0, the closer is the sample to zeros and ones. The diagonal is 0.
         symmetric: O = (Ω + Ωᵀ)/2, else O = Ω.
     """
     logits = symmetrised(omega) if symmetric else omega
@@ -175,18 +173,20 @@ def padded(
     return x, adjacency
 
 
+def one_way_edges(source: Int[Tensor, " e"], target: Int[Tensor, " e"], nodes: int) -> Int[Tensor, " k"]:
+    """Numbers of the edges (E,) between nodes 0…N − 1 that do not run back as well, (k,)."""
+    return (~torch.isin(source * nodes + target, target * nodes + source)).nonzero().flatten()
+
+
 def check_undirected(graphs: PackedGraphs) -> None:
     """:class:`InvalidValue` naming the first graph with an edge that does not run back as well."""
-    source, target = graphs.edge_index
-    owner = torch.repeat_interleave(torch.arange(len(graphs), device=source.device), graphs.edge_ptr.diff())
-    first = graphs.node_ptr[owner]
-    total = graphs.node_ptr[-1]
-    there, back = (first + source) * total + first + target, (first + target) * total + first + source
-    alone = ~torch.isin(there, back)
-    for edge in alone.nonzero().flatten()[:1].tolist():
+    owner = torch.repeat_interleave(torch.arange(len(graphs), device=graphs.y.device), graphs.edge_ptr.diff())
+    source, target = graphs.edge_index + graphs.node_ptr[owner]
+    for edge in one_way_edges(source, target, len(graphs.x))[:1].tolist():
+        ends = graphs.edge_index[:, edge].tolist()
         raise InvalidValue(
-            f"graph {int(owner[edge])}: its edge from {int(source[edge])} to {int(target[edge])} does not run back; "
-            "undirected graphs are expected, or symmetric=False"
+            f"graph {int(owner[edge])}: its edge from {ends[0]} to {ends[1]} does not run back; undirected graphs are "
+            "expected, or symmetric=False"
         )
 
 
@@ -323,8 +323,10 @@ class GraphSetCondenser:
     shared, that gives logits; None: :class:`~sparing.models.gnn.GraphClassifier`. A single logit is a binary class."""
     random_state: int = 0
     callbacks: Sequence[Any] = ()
-    """See :class:`~sparing.condensation.loop.Callback`; the data they get is the data set given to :meth:`fit`."""
-    save_every_s: float = field(default=SAVE_EVERY_S, repr=False)
+    """See :class:`~sparing.condensation.callbacks.Callbacks`; the data they get is the data set given to :meth:`fit`.
+    One that changes graphs later returns :class:`~sparing.data.graphs.PackedGraphs`, which are read in place."""
+    checkpoint_every: int = 20
+    """Iterations between two states that are kept, where :meth:`fit` is given a keeper."""
 
     def __post_init__(self) -> None:
         if self.n_per_class is not None and self.rate is not None:
@@ -349,6 +351,7 @@ class GraphSetCondenser:
             max_iter=self.max_iter,
             batch_real=self.batch_real,
             anneal_steps=self.anneal_steps,
+            checkpoint_every=self.checkpoint_every,
         )
         check_whole(0, inner_steps=self.inner_steps, random_state=self.random_state)
         check_positive(
@@ -358,7 +361,7 @@ class GraphSetCondenser:
             temperature_start=self.temperature_start,
             temperature_end=self.temperature_end,
         )
-        check_positive(True, beta=self.beta, bound_weight=self.bound_weight, save_every_s=self.save_every_s)
+        check_positive(True, beta=self.beta, bound_weight=self.bound_weight)
         if self.sparsity is not None:
             check_positive(True, sparsity=self.sparsity)
         if not 0 < self.lr_drop_at <= 1:
@@ -370,17 +373,28 @@ class GraphSetCondenser:
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as plain JSON, without the network and the callbacks."""
-        left_out = ("network", "callbacks", "save_every_s")
+        left_out = ("network", "callbacks", "checkpoint_every")
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
 
-    # --- fit
+    @property
+    def provenance_(self) -> dict[str, Any]:
+        """How the graphs were made, as plain JSON: settings, what they began with, losses, cost, what callbacks say."""
+        return {
+            "settings": self.settings(),
+            "initial": self.initial_,
+            "sparsity": self.sparsity_,
+            "loss_curve": self.loss_curve_,
+            "cost": self.cost_,
+            **Callbacks(self.callbacks).provenance(),
+        }
 
-    def fit(self, dataset: Any, progress: Keeper | None = None) -> GraphSetCondenser:
+    def fit(self, dataset: Any, *, keeper: Keeper | None = None) -> GraphSetCondenser:
         """Condense ``dataset``, a sequence of PyG ``Data`` with x (N, F), edge_index (2, E) and y, on their device.
 
         Args:
             dataset: the training graphs.
-            progress: keeps unfinished work, so that a killed condensation ends with the same bits.
+            keeper: keeps unfinished work, so that a killed condensation ends with the same bits; a store's ``Progress``
+                is one.
 
         Raises:
             InvalidValue: a graph that is not as :meth:`~sparing.data.graphs.PackedGraphs.of` expects it; a class
@@ -389,7 +403,8 @@ class GraphSetCondenser:
             TrainingDiverged: the loss is not finite any more.
         """
         watching = Callbacks(self.callbacks)
-        real = PackedGraphs.of(watching.ready(dataset))
+        with isolated_rng("graphs to condense", self.random_state):
+            real = PackedGraphs.of(watching.data_ready(dataset))
         counts = class_counts(real.y, "y")
         if self.symmetric:
             check_undirected(real)
@@ -400,15 +415,16 @@ class GraphSetCondenser:
             raise InvalidValue(f"synthetic graphs of {nodes} node, as the real ones have; n_nodes = 2 or more")
         x, omega, sparsity, initial = self._initial(real, allocation, nodes)
         run = _Run(self, real, allocation, counts, x, omega, sparsity, watching)
-        losses, seconds = run_iterations(
+        losses, spent = run_iterations(
             self.max_iter,
             run.iteration,
             run.state,
             run.restore,
             watching,
-            progress,
-            "condensing graphs",
-            self.save_every_s,
+            what="condensing graphs",
+            settings=self.settings() | {"data": [list(real.x.shape), real.edge_index.shape[1], counts]},
+            keeper=keeper,
+            checkpoint_every=self.checkpoint_every,
         )
         self.features_, self.omega_ = run.x.detach(), run.omega.detach()
         self.labels_, self.sparsity_, self.initial_ = run.labels, sparsity, initial
@@ -424,7 +440,7 @@ class GraphSetCondenser:
         ]
         self.loss_curve_: list[float] = losses
         after = [value for item in self.condensed_ for value in item.to_dict().values()]
-        self.cost_: CondensingCost = condensing_cost(seconds, list(real.tensors().values()), after)
+        self.cost_: dict[str, float] = cost_of(spent, list(real.tensors().values()), after)
         return self
 
     def _initial(
@@ -531,7 +547,7 @@ class _Run:
         self.drop(number)
         network, losses, inner = self.network(number), [], None
         for outer in range(self.settings.outer_steps):
-            self.callbacks.call("before_synthetic_update", number, outer)
+            self.callbacks.before_synthetic_update(number, outer)
             draws = torch.Generator().manual_seed(
                 derive_seed(self.settings.random_state, "graphs", "draws", number, outer)
             )
@@ -550,7 +566,7 @@ class _Run:
                 if inner is None:
                     inner = torch.optim.Adam(network.parameters(), lr=self.settings.inner_lr)
                 self.train(network, adjacency.detach(), inner, draws)
-                self.callbacks.call("after_network_update", network)
+                self.callbacks.after_network_update(network)
         return sum(losses) / len(losses)
 
     def adjacency(self, drawn: int, draws: torch.Generator) -> Tensor:
@@ -558,9 +574,7 @@ class _Run:
         chosen = self.settings
         if not chosen.discrete:
             return without_loops(symmetrised(self.omega) if chosen.symmetric else self.omega)
-        temperature = anneal_temperature(
-            drawn, chosen.temperature_start, chosen.temperature_end, chosen.anneal_steps
-        )
+        temperature = anneal_temperature(drawn, chosen.temperature_start, chosen.temperature_end, chosen.anneal_steps)
         noise = logistic_noise(self.omega.shape, draws, chosen.symmetric).to(self.omega)
         return relaxed_adjacency(self.omega, noise, temperature, chosen.symmetric)
 
@@ -580,9 +594,7 @@ class _Run:
             loss = loss + graph_distance(synthetic, real, self.settings.distance)
         if self.settings.beta:
             discrete = self.settings.discrete
-            over = (
-                sparsity_penalty(self.omega, self.sparsity) if discrete else relu(self.omega.mean() - self.sparsity)
-            )
+            over = sparsity_penalty(self.omega, self.sparsity) if discrete else relu(self.omega.mean() - self.sparsity)
             loss = loss + self.settings.beta * over
         if self.settings.bound_weight:
             depth, pooling = (getattr(network, name, None) for name in ("depth", "pooling"))
@@ -591,9 +603,7 @@ class _Run:
                     f"bound_weight: the network's depth = {depth!r} and pooling = {pooling!r}; attributes with the "
                     'number of its convolutions and "mean" or "sum" are expected'
                 )
-            loss = loss + self.settings.bound_weight * bound_term(
-                self.x, adjacency, self.num_classes, depth, pooling
-            )
+            loss = loss + self.settings.bound_weight * bound_term(self.x, adjacency, self.num_classes, depth, pooling)
         return loss
 
     def train(

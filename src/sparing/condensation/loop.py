@@ -1,4 +1,4 @@
-"""What every condenser's loop shares: callbacks, labels, unfinished work that is kept, a progress bar, and its cost."""
+"""What the condensers of graphs share: which classes get how many rows, the loop that can be resumed, and its cost."""
 
 from __future__ import annotations
 
@@ -7,100 +7,47 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparing.condensation.callbacks import Callbacks
 from sparing.core.errors import InvalidValue, TrainingDiverged
 from sparing.core.probe import peak_mib
+from sparing.core.randomness import isolated_rng
+from sparing.core.store import cpu_seconds
 
 if TYPE_CHECKING:
     from sparing.core.training.fit import Keeper
 
-SAVE_EVERY_S = 20.0
-"""Seconds between two states of an unfinished condensation."""
 
+def cost_of(spent: Sequence[float], before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
+    """What a condensation took: ``wall_s``, ``cpu_s``, ``peak_bytes``, ``bytes_before`` and ``bytes_after``.
 
-class Callback(Protocol):
-    """What may follow or change a condensation; a callback has any of these methods.
+    The peak is that of the device where tensors lie on one, else the highest resident memory of the process so far.
 
-    One with ``state_dict()`` and ``load_state_dict(state)`` has its state kept with the unfinished condensation.
+    Args:
+        spent: (wall, CPU) seconds.
+        before: the real data's tensors.
+        after: the synthetic data's.
     """
-
-    def on_data_ready(self, data: Any) -> Any:
-        """Once, before anything is taken from the real data; what it returns is condensed instead."""
-
-    def before_synthetic_update(self, iteration: int, outer: int) -> None:
-        """Before each update of the synthetic data."""
-
-    def after_network_update(self, network: nn.Module) -> None:
-        """After the network has been trained on the synthetic data, between two updates of these."""
-
-    def on_iteration_end(self, iteration: int, loss: float) -> None:
-        """After each iteration, with its mean matching loss."""
-
-
-class Callbacks:
-    """Calls the methods that each of several callbacks has."""
-
-    def __init__(self, callbacks: Sequence[Any]) -> None:
-        self.callbacks = tuple(callbacks)
-
-    def _having(self, method: str) -> Iterator[Callable[..., Any]]:
-        for callback in self.callbacks:
-            found = getattr(callback, method, None)
-            if callable(found):
-                yield found
-
-    def ready(self, data: Any) -> Any:
-        """``on_data_ready`` of each, one after the other."""
-        for method in self._having("on_data_ready"):
-            data = method(data)
-        return data
-
-    def call(self, method: str, *arguments: Any) -> None:
-        """``method`` of each that has it."""
-        for found in self._having(method):
-            found(*arguments)
-
-    def state(self) -> list[Any]:
-        """Of each: its ``state_dict()`` or None."""
-        return [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks]
-
-    def restore(self, states: Sequence[Any]) -> None:
-        """What :meth:`state` gave."""
-        for callback, state in zip(self.callbacks, states, strict=True):
-            if state is not None:
-                callback.load_state_dict(state)
-
-
-@dataclass(frozen=True)
-class CondensingCost:
-    """What a condensation took."""
-
-    seconds: float
-    """Wall seconds of all attempts, up to their last kept state for those that were killed."""
-    peak_bytes: int
-    """Most memory: of the device where tensors lie on one, else the process's highest resident memory so far."""
-    bytes_before: int
-    """Bytes of the real data."""
-    bytes_after: int
-    """Bytes of the synthetic data."""
-
-
-def condensing_cost(seconds: float, before: Sequence[Tensor], after: Sequence[Tensor]) -> CondensingCost:
-    """The cost, with the bytes of the tensors and the peak memory as they are now."""
     device = before[0].device
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(peak_mib() * (1 << 20))
-    return CondensingCost(seconds, peak, sum(map(_bytes, before)), sum(map(_bytes, after)))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_mib() * (1 << 20)
+    return {
+        "wall_s": spent[0],
+        "cpu_s": spent[1],
+        "peak_bytes": float(peak),
+        "bytes_before": float(sum(map(_bytes, before))),
+        "bytes_after": float(sum(map(_bytes, after))),
+    }
 
 
 def _bytes(tensor: Tensor) -> int:
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
-        return _bytes(tensor.indices()) + _bytes(tensor.values())
-    return tensor.numel() * tensor.element_size()
+        return tensor.indices().nbytes + tensor.values().nbytes
+    return tensor.nbytes
 
 
 @dataclass(frozen=True)
@@ -217,53 +164,54 @@ def run_iterations(
     state: Callable[[], dict[str, Any]],
     restore: Callable[[dict[str, Any]], None],
     callbacks: Callbacks,
-    keeper: Keeper | None,
+    *,
     what: str,
-    save_every_s: float = SAVE_EVERY_S,
-) -> tuple[list[float], float]:
+    settings: dict[str, Any],
+    keeper: Keeper | None = None,
+    checkpoint_every: int = 1,
+) -> tuple[list[float], tuple[float, float]]:
     """Run ``step`` for each iteration, going on from the state that ``keeper`` has.
 
     Args:
         iterations: how many.
-        step: iteration → loss. All its randomness must follow from the iteration, and from what ``state`` returns.
+        step: iteration → loss. It is called with torch's, NumPy's and Python's generators seeded from the iteration's
+            number and ``settings["random_state"]``; nothing else may be drawn from.
         state: what the next step depends on, as nested dicts and lists of tensors and plain values.
         restore: takes what ``state`` returned.
-        callbacks: their state is kept too; ``on_iteration_end`` is called.
+        callbacks: their state is kept too, and they are told of the iteration's end.
+        what: is done, for messages and the progress bar.
+        settings: that the result depends on, plain JSON; a state that was kept under others is refused.
         keeper: keeps the state; None: nothing is kept.
-        what: name in the progress bar.
-        save_every_s: seconds between two kept states.
+        checkpoint_every: iterations between two states that are kept.
 
-    Returns (the loss of each iteration, wall seconds of all attempts).
+    Returns (the loss of each iteration, (wall, CPU) seconds of all attempts up to their last state).
 
     Raises:
         TrainingDiverged: a loss is not finite.
+        InvalidValue: a state of another condensation.
     """
     losses: list[float] = []
-    before = 0.0
+    spent = (0.0, 0.0)
     if keeper is not None and (kept := keeper.load()) is not None:
-        losses, before = list(kept["losses"]), kept["seconds"]
+        if kept["settings"] != settings:
+            raise InvalidValue(f"the kept state is of {kept['settings']}; this is {settings}")
+        losses, spent = list(kept["losses"]), tuple(kept["spent"])
         restore(kept["state"])
-        callbacks.restore(kept["callbacks"])
-    start = saved = time.monotonic()
+        callbacks.load(kept["callbacks"])
+    wall, cpu = time.perf_counter() - spent[0], cpu_seconds() - spent[1]
     with bar(iterations, what) as move:
         for number in range(len(losses), iterations):
-            loss = step(number)
-            if not math.isfinite(loss):
-                raise TrainingDiverged(
-                    f"{what}: the matching loss is {loss} in iteration {number}; lower learning rates may help"
-                )
-            losses.append(loss)
-            callbacks.call("on_iteration_end", number, loss)
+            with isolated_rng(what, settings["random_state"], number):
+                loss = step(number)
+                if not math.isfinite(loss):
+                    raise TrainingDiverged(
+                        f"{what}: the loss is {loss} in iteration {number}; lower learning rates may help"
+                    )
+                losses.append(loss)
+                callbacks.iteration_end(number, loss)
             move(number + 1, f"loss {loss:.4g}")
-            now = time.monotonic()
-            if keeper is not None and now - saved >= save_every_s and number + 1 < iterations:
-                keeper.save(
-                    {
-                        "losses": list(losses),
-                        "seconds": before + now - start,
-                        "state": state(),
-                        "callbacks": callbacks.state(),
-                    }
-                )
-                saved = now
-    return losses, before + time.monotonic() - start
+            if keeper is not None and (number + 1) % checkpoint_every == 0 and number + 1 < iterations:
+                now = [time.perf_counter() - wall, cpu_seconds() - cpu]
+                progress = {"settings": settings, "losses": list(losses), "spent": now, "state": state()}
+                keeper.save(progress | {"callbacks": callbacks.state()})
+    return losses, (time.perf_counter() - wall, cpu_seconds() - cpu)

@@ -51,7 +51,7 @@ def _gather(pointer: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PackedGraphs:
-    """Graphs with a class each, one after the other in a few tensors: a map-style data set whose items are PyG ``Data``.
+    """Graphs with a class each, one after the other in a few tensors: a map-style data set of PyG ``Data``.
 
     Args:
         x: features of all nodes, float (nodes, F).
@@ -141,7 +141,9 @@ class PackedGraphs:
             raise InvalidValue(f"tensors {sorted(tensors)}; {sorted(names)} and at most 'edge_weight' are expected")
         x, y, edges = tensors["x"], tensors["y"], tensors["edge_index"]
         whole = all(not tensors[name].is_floating_point() for name in names - {"x"})
-        if not (x.ndim == 2 and x.is_floating_point() and y.ndim == 1 and edges.ndim == 2 and len(edges) == 2 and whole):
+        if not (
+            x.ndim == 2 and x.is_floating_point() and y.ndim == 1 and edges.ndim == 2 and len(edges) == 2 and whole
+        ):
             raise InvalidValue(
                 f"x {x.dtype} {tuple(x.shape)}, y {y.dtype} {tuple(y.shape)}, edge_index {edges.dtype} "
                 f"{tuple(edges.shape)}; float (nodes, F) and whole numbers (n,) and (2, E) are expected"

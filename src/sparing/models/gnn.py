@@ -1,4 +1,4 @@
-"""Graph neural networks: for the classes of nodes, for those of whole graphs, and the two that condensation learns with.
+"""Graph neural networks: for the classes of nodes, for those of whole graphs, and those that condensation learns with.
 
 GCN, GAT and GraphSAGE are of PyG's layers, take node features and edges and give the logits of all nodes. Features may
 be dense or a sparse COO tensor, as bags of words are: the first layer then costs as much as there are non-zeros, and
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -307,6 +308,7 @@ class GraphClassifier(nn.Module):
                 f"GraphClassifier: adjacencies of shape {tuple(adj.shape)}; {(*x.shape[:2], x.shape[1])} is expected"
             )
         smooth = normalised_adjacency(adj)
+        conv: Any
         for conv in self.convs:
             x = smooth @ conv.lin(x) + conv.bias
             if self.norm:
@@ -339,6 +341,7 @@ class GraphClassifier(nn.Module):
         graphs = int(batch.max()) + 1 if nodes else 0
         count = x.new_zeros(graphs).index_add(0, batch, x.new_ones(nodes))[:, None]
         edges, weight = normalised_edges(edge_index, nodes, edge_weight)
+        conv: Any
         exporting = torch.compiler.is_compiling()
         if not exporting:
             smooth = torch.sparse_coo_tensor(edges.flip(0), weight, (nodes, nodes), check_invariants=False).coalesce()
@@ -391,7 +394,7 @@ class _Propagating(nn.Module):
     def __init__(self, name: str, widths: Sequence[int], hops: Sequence[int]) -> None:
         super().__init__()
         self.name, self.in_features, self.hops = name, widths[0], tuple(hops)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     @property
     def linear_hops(self) -> int:
@@ -407,10 +410,9 @@ class _Propagating(nn.Module):
     def forward(self, x: Float[Tensor, "..."], adj: Any) -> Float[Tensor, "n classes"]:
         """Features (N, F) and an :data:`Adjacency` → logits (N, C), of the last block's rows."""
         if x.ndim != 2 or x.shape[1] != self.in_features:
-            raise InvalidValue(
-                f"{self.name}: features of shape {tuple(x.shape)}; (N, {self.in_features}) is expected"
-            )
+            raise InvalidValue(f"{self.name}: features of shape {tuple(x.shape)}; (N, {self.in_features}) is expected")
         blocks = self._blocks(adj)
+        layer: Any
         for number, (layer, hops) in enumerate(zip(self.layers, self.hops, strict=True)):
             x = linear(x if number == 0 else relu(x), layer.weight)
             for _ in range(hops):
