@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sparing.core.errors import InvalidValue
 
@@ -102,3 +103,63 @@ def embedding_distance(synthetic: Float[Tensor, "m ..."], real: Float[Tensor, "n
             "are expected"
         )
     return (synthetic.mean(0) - real.mean(0)).square().sum()
+
+
+def embeddings(network: nn.Module, samples: Tensor) -> Float[Tensor, "n d"]:
+    """What enters a network's head, flattened to (N, d).
+
+    That of its ``embed``, where it has such a method; otherwise what enters the linear layer that is called last.
+
+    Raises:
+        InvalidValue: a network with neither.
+    """
+    if callable(getattr(network, "embed", None)):
+        return network.embed(samples).flatten(1)  # type: ignore[operator]
+    seen: list[Tensor] = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        for module in network.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        network(samples)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise InvalidValue(
+            f"{type(network).__name__} has neither a method embed nor a linear layer: its embeddings are not known"
+        )
+    return seen[-1].flatten(1)
+
+
+def class_gradient(
+    network: nn.Module, samples: Tensor, label: int, *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradient of the mean cross-entropy of samples of one class, over the network's trainable parameters in order.
+
+    Args:
+        network: gives logits (N, classes).
+        samples: (N, …).
+        label: the class of all of them.
+        create_graph: whether it can be differentiated again, with respect to the samples for example.
+    """
+    targets = torch.full((len(samples),), label, dtype=torch.int64, device=samples.device)
+    loss = cross_entropy(network(samples), targets)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss, parameters, create_graph=create_graph)
+
+
+def gradient_matching_loss(
+    network: nn.Module, real: Tensor, synthetic: Tensor, label: int, metric: Metric = "layer_cos"
+) -> Float[Tensor, ""]:
+    """Distance of the gradients of real and of synthetic samples of one class, differentiable in the synthetic ones."""
+    wanted = class_gradient(network, real, label)
+    return gradient_distance(class_gradient(network, synthetic, label, create_graph=True), wanted, metric)
+
+
+def distribution_matching_loss(network: nn.Module, real: Tensor, synthetic: Tensor) -> Float[Tensor, ""]:
+    """Distance of the mean embeddings of real and of synthetic samples, differentiable in the synthetic ones."""
+    with torch.no_grad():
+        wanted = embeddings(network, real)
+    return embedding_distance(embeddings(network, synthetic), wanted)
