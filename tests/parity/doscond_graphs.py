@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from sparing.condensation.allocation import LabelAllocation, allocate_labels
 from sparing.condensation.graphs import (
     BOUND_WEIGHT,
     EDGE_LOGIT,
@@ -31,7 +32,6 @@ from sparing.condensation.graphs import (
     sparsity_penalty,
     synthetic_gradient,
 )
-from sparing.condensation.loop import LabelAllocation, allocate_labels
 from sparing.condensation.nodes import (
     PairwiseGenerator,
     class_weights,

@@ -8,7 +8,6 @@ network is trained, it is gradient matching as for images, carried over to graph
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -19,18 +18,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, relu
 
-from sparing.condensation.callbacks import Callbacks
-from sparing.condensation.loop import (
+from sparing.condensation.allocation import (
     LabelAllocation,
     allocate_labels,
     check_positive,
     check_rate,
     check_whole,
-    cost_of,
     rows_for_all,
-    run_iterations,
 )
+from sparing.condensation.callbacks import Callbacks
 from sparing.condensation.matching import METRICS, Metric, gradient_distance
+from sparing.condensation.run import Run
 from sparing.core.errors import InvalidValue
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.data.graphs import PackedGraphs, class_counts, graph_data
@@ -279,7 +277,7 @@ class GraphSetCondenser:
     n_per_class: int | None = None
     """Synthetic graphs of each class; None, and no rate: 10."""
     rate: float | None = None
-    """Or their share of the real graphs, see :func:`~sparing.condensation.loop.allocate_labels`."""
+    """Or their share of the real graphs, see :func:`~sparing.condensation.allocation.allocate_labels`."""
     n_nodes: int | Literal["mean"] = "mean"
     """N, nodes of each synthetic graph; "mean": those of the real graphs on average, rounded."""
     init: Literal["real", "noise"] = "real"
@@ -414,20 +412,15 @@ class GraphSetCondenser:
         if nodes < 2:
             raise InvalidValue(f"synthetic graphs of {nodes} node, as the real ones have; n_nodes = 2 or more")
         x, omega, sparsity, initial = self._initial(real, allocation, nodes)
-        run = _Run(self, real, allocation, counts, x, omega, sparsity, watching)
-        losses, spent = run_iterations(
-            self.max_iter,
-            run.iteration,
-            run.state,
-            run.restore,
-            watching,
-            what="condensing graphs",
-            settings=self.settings() | {"data": [list(real.x.shape), real.edge_index.shape[1], counts]},
-            keeper=keeper,
-            checkpoint_every=self.checkpoint_every,
-        )
-        self.features_, self.omega_ = run.x.detach(), run.omega.detach()
-        self.labels_, self.sparsity_, self.initial_ = run.labels, sparsity, initial
+        matcher = _Matcher(self, real, allocation, x, omega, sparsity, watching)
+        settings = self.settings() | {"data": [list(real.x.shape), real.edge_index.shape[1], counts]}
+        learned = {"x": matcher.x, "omega": matcher.omega}
+        with Run(learned, matcher.optimizer, watching, settings, self.max_iter, keeper, self.checkpoint_every) as run:
+            for iteration in run.left():
+                with isolated_rng("condensing graphs", self.random_state, iteration):
+                    run.end(iteration, matcher.iteration(iteration))
+        self.features_, self.omega_ = matcher.x.detach(), matcher.omega.detach()
+        self.labels_, self.sparsity_, self.initial_ = matcher.labels, sparsity, initial
         if self.discrete:
             self.edge_probabilities_ = edge_probabilities(self.omega_, self.symmetric)
             adjacency = discrete_adjacency(self.omega_, self.symmetric)
@@ -438,9 +431,9 @@ class GraphSetCondenser:
             _graph(self.features_[i], adjacency[i], self.labels_[i], weighted=not self.discrete)
             for i in range(len(adjacency))
         ]
-        self.loss_curve_: list[float] = losses
+        self.loss_curve_ = run.losses
         after = [value for item in self.condensed_ for value in item.to_dict().values()]
-        self.cost_: dict[str, float] = cost_of(spent, list(real.tensors().values()), after)
+        self.cost_ = run.cost(tuple(real.tensors().values()), tuple(after))
         return self
 
     def _initial(
@@ -481,7 +474,7 @@ def _graph(x: Tensor, adjacency: Tensor, label: Tensor, weighted: bool = False) 
     return graph_data(x, torch.stack([source, target]), label.reshape(1), weight)
 
 
-class _Run:
+class _Matcher:
     """One condensation under way."""
 
     def __init__(
@@ -489,63 +482,38 @@ class _Run:
         settings: GraphSetCondenser,
         real: PackedGraphs,
         allocation: LabelAllocation,
-        counts: Sequence[int],
         x: Tensor,
         omega: Tensor,
         sparsity: float,
         callbacks: Callbacks,
     ) -> None:
         self.settings, self.real, self.sparsity, self.callbacks = settings, real, sparsity, callbacks
-        self.ranges, self.num_classes = allocation.ranges, len(counts)
+        self.ranges, self.num_classes = allocation.ranges, len(allocation.ranges)
         self.labels = allocation.labels.to(real.x.device)
-        self.members = [(real.y == number).nonzero().flatten() for number in range(len(counts))]
+        self.members = [(real.y == number).nonzero().flatten() for number in range(self.num_classes)]
         self.x, self.omega = x.clone().requires_grad_(), omega.clone().requires_grad_()
-        self.dropped = False
-        self._optimizers()
+        self.optimizer = torch.optim.Adam(
+            [{"params": [self.omega], "lr": settings.lr_adj}, {"params": [self.x], "lr": settings.lr_feat}]
+        )
+        self.drop_at = math.ceil(settings.lr_drop_at * settings.max_iter)
 
-    def _optimizers(self) -> None:
-        scale = 0.1 if self.dropped else 1.0
-        self.on_adj = torch.optim.Adam([self.omega], lr=self.settings.lr_adj * scale)
-        self.on_feat = torch.optim.Adam([self.x], lr=self.settings.lr_feat * scale)
-
-    def state(self) -> dict[str, Any]:
-        """What the next iteration depends on."""
-        optimizers = [self.on_adj.state_dict(), self.on_feat.state_dict()]
-        state = {"x": self.x.detach(), "omega": self.omega.detach(), "dropped": self.dropped}
-        return copy.deepcopy(state | {"optimizers": optimizers})
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """What :meth:`state` returned."""
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-            self.omega.copy_(state["omega"])
-        self.dropped = state["dropped"]
-        self._optimizers()
-        for optimizer, kept in zip((self.on_adj, self.on_feat), state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-
-    def network(self, iteration: int) -> nn.Module:
-        """A fresh one."""
+    def network(self) -> nn.Module:
+        """A fresh one, of torch's global generator."""
         make = self.settings.network or (lambda: GraphClassifier(self.real.x.shape[1], self.num_classes))
-        with isolated_rng(self.settings.random_state, "graphs", "network", iteration):
-            return make().to(self.real.x.device)
+        return make().to(self.real.x.device).train()
 
-    def drop(self, iteration: int) -> None:
-        """Divide the learning rates by 10 when their time has come."""
-        if self.dropped or iteration < math.ceil(self.settings.lr_drop_at * self.settings.max_iter):
-            return
-        self.dropped = True
+    def drop(self) -> None:
+        """Divide the learning rates by 10."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.1
         if self.settings.reset_at_drop:
-            self._optimizers()
-        else:
-            for optimizer in (self.on_adj, self.on_feat):
-                for group in optimizer.param_groups:
-                    group["lr"] *= 0.1
+            self.optimizer.state.clear()
 
     def iteration(self, number: int) -> float:
         """Match a fresh network's gradients; the mean loss of the outer steps."""
-        self.drop(number)
-        network, losses, inner = self.network(number), [], None
+        if number == self.drop_at:
+            self.drop()
+        network, losses, inner = self.network(), [], None
         for outer in range(self.settings.outer_steps):
             self.callbacks.before_synthetic_update(number, outer)
             draws = torch.Generator().manual_seed(
@@ -553,11 +521,8 @@ class _Run:
             )
             adjacency = self.adjacency(number * self.settings.outer_steps + outer, draws)
             loss = self.matching_loss(network, adjacency, draws)
-            for optimizer in (self.on_adj, self.on_feat):
-                optimizer.zero_grad()
             self.omega.grad, self.x.grad = torch.autograd.grad(loss, [self.omega, self.x])
-            self.on_adj.step()
-            self.on_feat.step()
+            self.optimizer.step()
             if not self.settings.discrete:
                 with torch.no_grad():
                     self.omega.clamp_(0, 1)

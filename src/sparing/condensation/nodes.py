@@ -7,7 +7,6 @@ while these are trained; one-step matching (Jin et al. 2022, arXiv:2206.07746) a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -18,6 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, one_hot, relu
 
+from sparing.condensation.allocation import (
+    LabelAllocation,
+    allocate_labels,
+    check_positive,
+    check_rate,
+    check_whole,
+    rows_for_all,
+)
 from sparing.condensation.callbacks import Callbacks
 from sparing.condensation.graphs import (
     anneal_temperature,
@@ -29,17 +36,8 @@ from sparing.condensation.graphs import (
     symmetrised,
     without_loops,
 )
-from sparing.condensation.loop import (
-    LabelAllocation,
-    allocate_labels,
-    check_positive,
-    check_rate,
-    check_whole,
-    cost_of,
-    rows_for_all,
-    run_iterations,
-)
 from sparing.condensation.matching import METRICS, Metric, gradient_distance
+from sparing.condensation.run import Run
 from sparing.core.errors import InvalidValue, shown
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.data.graphs import class_counts, graph_data
@@ -185,7 +183,7 @@ class NodeCondenser:
     n_per_class: int | None = None
     """Synthetic nodes of each class."""
     rate: float | None = None
-    """Or their share of the training nodes, see :func:`~sparing.condensation.loop.allocate_labels`; None, and no
+    """Or their share of the training nodes, see :func:`~sparing.condensation.allocation.allocate_labels`; None, and no
     n_per_class: 0.5."""
     structure: Structure = "generator"
     """"generator": weighted edges; "bernoulli": its logits are those of edge probabilities, sampled as in
@@ -310,26 +308,22 @@ class NodeCondenser:
             allocation,
             torch.Generator().manual_seed(derive_seed(self.random_state, "nodes", "initial")),
         ).to(x.device)
-        run = _Run(self, data, x, train, allocation, len(counts), x[initial], watching)
-        losses, spent = run_iterations(
-            self.max_iter,
-            run.iteration,
-            run.state,
-            run.restore,
-            watching,
-            what="condensing nodes",
-            settings=self.settings() | {"data": [list(x.shape), data.edge_index.shape[1], counts]},
-            keeper=keeper,
-            checkpoint_every=self.checkpoint_every,
-        )
-        self.features_, self.labels_, self.generator_ = run.x.detach(), run.labels, run.generator
-        self.adjacency_, self.edge_probabilities_ = run.final()
-        self.initial_: list[int] = initial.tolist()
+        matcher = _Matcher(self, data, x, train, allocation, x[initial], watching)
+        settings = self.settings() | {"data": [list(x.shape), data.edge_index.shape[1], counts]}
+        with Run(
+            matcher.learned(), matcher.optimizer, watching, settings, self.max_iter, keeper, self.checkpoint_every
+        ) as run:
+            for iteration in run.left():
+                with isolated_rng("condensing nodes", self.random_state, iteration):
+                    run.end(iteration, matcher.iteration(iteration))
+        self.features_, self.labels_, self.generator_ = matcher.x.detach(), matcher.labels, matcher.generator
+        self.adjacency_, self.edge_probabilities_ = matcher.final()
+        self.initial_ = initial.tolist()
         self.condensed_ = node_graph(self.features_, self.adjacency_, self.labels_)
-        self.loss_curve_: list[float] = losses
-        before = [data.x, data.edge_index, data.y]
-        after = list(self.condensed_.to_dict().values())
-        self.cost_: dict[str, float] = cost_of(spent, before, after)
+        self.loss_curve_ = run.losses
+        before = (data.x.coalesce().values(), data.x.coalesce().indices()) if data.x.is_sparse else (data.x,)
+        after = tuple(self.condensed_.to_dict().values())
+        self.cost_ = run.cost((*before, data.edge_index, data.y), after)
         return self
 
 
@@ -385,7 +379,7 @@ def draw_initial_nodes(
     return chosen
 
 
-class _Run:
+class _Matcher:
     """One condensation under way."""
 
     def __init__(
@@ -395,24 +389,26 @@ class _Run:
         features: Tensor,
         train: Tensor,
         allocation: LabelAllocation,
-        num_classes: int,
         x: Tensor,
         callbacks: Callbacks,
     ) -> None:
-        self.settings, self.callbacks, self.num_classes = settings, callbacks, num_classes
+        self.settings, self.callbacks, self.num_classes = settings, callbacks, len(allocation.ranges)
         self.ranges, self.weights = allocation.ranges, class_weights(allocation)
         self.labels = allocation.labels.to(x.device)
-        self.members = [train[data.y[train] == number] for number in range(num_classes)]
+        self.members = [train[data.y[train] == number] for number in range(self.num_classes)]
         self.x = x.clone().requires_grad_()
         self.generator: PairwiseGenerator | None = None
         if settings.structure != "identity":
             with isolated_rng(settings.random_state, "nodes", "generator"):
                 made = PairwiseGenerator(x.shape[1], settings.generator_hidden, settings.edge_bias)
             self.generator = made.to(x.device)
-            self.on_generator = torch.optim.Adam(self.generator.parameters(), lr=settings.lr_adj)
-        self.on_feat = torch.optim.Adam([self.x], lr=settings.lr_feat)
+        groups: list[dict[str, Any]] = [{"params": [self.x], "lr": settings.lr_feat}]
+        if self.generator is not None:
+            groups.append({"params": list(self.generator.parameters()), "lr": settings.lr_adj})
+        self.optimizer = torch.optim.Adam(groups)
         self.adjacency = normalised_sparse(data.edge_index.long(), len(features), data.get("edge_weight"))
-        hops, linear_hops = self._hops(self.network(0))
+        with isolated_rng("hops of the network", settings.random_state):
+            hops, linear_hops = self._hops(self.network())
         self.hops, self.left = hops, hops - linear_hops
         for _ in range(linear_hops):  # done once for all: what comes before the first ReLU commutes with the weights
             features = torch.sparse.mm(self.adjacency, features)
@@ -429,33 +425,21 @@ class _Run:
             )
         return sum(hops), linear_hops
 
-    def network(self, iteration: int) -> nn.Module:
-        """A fresh one."""
+    def network(self) -> nn.Module:
+        """A fresh one, of torch's global generator."""
         chosen, features = self.settings, self.x.shape[1]
-        with isolated_rng(chosen.random_state, "nodes", "network", iteration):
-            if callable(chosen.network):
-                made = chosen.network()
-            elif chosen.network == "sgc":
-                made = AdjacencySGC(features, self.num_classes)
-            else:
-                made = AdjacencyGCN(features, self.num_classes, chosen.hidden)
-        return made.to(self.x.device)
+        if callable(chosen.network):
+            made = chosen.network()
+        elif chosen.network == "sgc":
+            made = AdjacencySGC(features, self.num_classes)
+        else:
+            made = AdjacencyGCN(features, self.num_classes, chosen.hidden)
+        return made.to(self.x.device).train()
 
-    def state(self) -> dict[str, Any]:
-        """What the next iteration depends on."""
-        state: dict[str, Any] = {"x": self.x.detach(), "on_feat": self.on_feat.state_dict()}
-        if self.generator is not None:
-            state |= {"generator": self.generator.state_dict(), "on_generator": self.on_generator.state_dict()}
-        return copy.deepcopy(state)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """What :meth:`state` returned."""
-        with torch.no_grad():
-            self.x.copy_(state["x"])
-        self.on_feat.load_state_dict(state["on_feat"])
-        if self.generator is not None:
-            self.generator.load_state_dict(state["generator"])
-            self.on_generator.load_state_dict(state["on_generator"])
+    def learned(self) -> dict[str, Tensor]:
+        """Name → what is learned."""
+        generator = {} if self.generator is None else dict(self.generator.named_parameters())
+        return {"x": self.x, **{f"generator.{name}": tensor for name, tensor in generator.items()}}
 
     def final(self) -> tuple[Tensor, Tensor]:
         """(adjacency (n, n), edge probabilities (n, n))."""
@@ -495,18 +479,18 @@ class _Run:
     def iteration(self, number: int) -> float:
         """Match a network's gradients; the mean loss of the outer steps."""
         chosen = self.settings
-        network, losses, inner = self.network(number), [], None
-        turn_of_generator = self.generator is not None and number % CYCLE < GENERATOR_TURNS
+        network, losses, inner = self.network(), [], None
+        turn_of_generator = number % CYCLE < GENERATOR_TURNS
         for outer in range(chosen.outer_steps):
             self.callbacks.before_synthetic_update(number, outer)
             draws = torch.Generator().manual_seed(derive_seed(chosen.random_state, "nodes", "draws", number, outer))
             drawn = number * chosen.outer_steps + outer
             loss = self.matching_loss(network, self.synthetic_adjacency(drawn, draws), draws)
-            optimizer = self.on_generator if turn_of_generator else self.on_feat
-            turned = [p for group in optimizer.param_groups for p in group["params"]]
+            turned = [self.x] if self.generator is None or not turn_of_generator else list(self.generator.parameters())
+            self.optimizer.zero_grad()  # what has no gradient stays as it is, its moments too
             for parameter, gradient in zip(turned, torch.autograd.grad(loss, turned), strict=True):
                 parameter.grad = gradient
-            optimizer.step()
+            self.optimizer.step()
             losses.append(float(loss.detach()))
             if chosen.inner_steps and outer + 1 < chosen.outer_steps:
                 if inner is None:
