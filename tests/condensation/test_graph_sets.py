@@ -211,14 +211,16 @@ def test_weighted_graphs_stay_within_their_limits() -> None:
 def test_a_joint_batch_and_a_single_logit() -> None:
     done = condenser(match="joint", network=lambda: network(1), bound_weight=0.7).fit(graphs())
     assert len(done.loss_curve_) == 4
+
+
+def test_the_bound_needs_to_know_the_network() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.forward_dense, self.forward_sparse = self.inner.forward_dense, self.inner.forward_sparse
+
     with pytest.raises(InvalidValue, match="bound_weight: the network's depth = None"):
-
-        class Plain(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner = network()
-                self.forward_dense, self.forward_sparse = self.inner.forward_dense, self.inner.forward_sparse
-
         condenser(network=Plain, bound_weight=0.7).fit(graphs())
 
 
@@ -241,9 +243,8 @@ def test_too_few_graphs_to_begin_with() -> None:
     with pytest.raises(InvalidValue, match=r"class 0: 3 graphs of at most 5 nodes .* it has 0; oversize"):
         condenser(n_per_class=3).fit(real)
     done = condenser(n_per_class=3, oversize="truncate", lr_adj=1e-6).fit(real)
-    assert [real[i].x.shape[0] for i in done.initial_] == sorted(
-        real[i].x.shape[0] for i in done.initial_[:3]
-    ) + sorted(real[i].x.shape[0] for i in done.initial_[3:])
+    sizes = [real[i].x.shape[0] for i in done.initial_]
+    assert sizes == sorted(sizes[:3]) + sorted(sizes[3:])  # of each class the smallest come first
     with pytest.raises(InvalidValue, match="class 0: 5 graphs to begin with, but it has 4"):
         condenser(n_per_class=5, oversize="truncate").fit(real)
     assert len(condenser(n_per_class=5, init="noise").fit(real).condensed_) == 10

@@ -103,7 +103,7 @@ def train_on_graphs(
             optimizer.step()
         if not loss.isfinite():
             raise TrainingDiverged(
-                f"the loss of epoch {epoch + 1} is {float(loss)} at lr = {lr}; a smaller one may help"
+                f"the loss of epoch {epoch + 1} is {float(loss.detach())} at lr = {lr}; a smaller one may help"
             )
         if val is not None and (found := graph_accuracy(network, val)) > best:
             best, kept = found, copy.deepcopy(network.state_dict())
@@ -259,7 +259,7 @@ def train_on_node_graph(
         optimizer.step()
         if not loss.isfinite():
             raise TrainingDiverged(
-                f"the loss of epoch {epoch + 1} is {float(loss)} at lr = {lr}; a smaller one may help"
+                f"the loss of epoch {epoch + 1} is {float(loss.detach())} at lr = {lr}; a smaller one may help"
             )
         looks = (epoch + 1) % validate_every == 0 or epoch + 1 == epochs
         if data is not None and looks and (found := node_accuracy(network, data, data.val_mask)) > best:
