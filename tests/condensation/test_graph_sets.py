@@ -22,6 +22,7 @@ from sparing.condensation.graphs import (
     sparsity_penalty,
 )
 from sparing.core.errors import InvalidValue, TrainingDiverged
+from sparing.core.store import Progress
 from sparing.data.graphs import PackedGraphs
 from sparing.models.gnn import GraphClassifier
 
@@ -170,6 +171,19 @@ def test_goes_on_after_a_kill_to_the_same_bits(states: int) -> None:
     assert done.loss_curve_ == whole.loss_curve_
     with pytest.raises(InvalidValue, match="the kept state is of"):
         condenser(**{**fields, "lr_adj": 0.2}).fit(graphs(), keeper=keeper)
+
+
+def test_a_store_keeps_the_state(tmp_path) -> None:
+    class Dies:
+        def on_iteration_end(self, iteration, loss):
+            if iteration == 3:
+                raise Killed
+
+    fields = {"max_iter": 6, "checkpoint_every": 1, "lr_drop_at": 0.3}
+    with pytest.raises(Killed):
+        condenser(**fields, callbacks=[Dies()]).fit(graphs(), keeper=Progress(tmp_path / "kept"))
+    done = condenser(**fields).fit(graphs(), keeper=Progress(tmp_path / "kept"))
+    assert torch.equal(done.omega_, condenser(**fields).fit(graphs()).omega_)
 
 
 def test_callbacks_are_called_in_order() -> None:
