@@ -175,14 +175,17 @@ def test_goes_on_after_a_kill_to_the_same_bits(states: int) -> None:
 
 def test_a_store_keeps_the_state(tmp_path) -> None:
     class Dies:
+        def __init__(self, at=None):
+            self.at = at
+
         def on_iteration_end(self, iteration, loss):
-            if iteration == 3:
+            if iteration == self.at:
                 raise Killed
 
     fields = {"max_iter": 6, "checkpoint_every": 1, "lr_drop_at": 0.3}
     with pytest.raises(Killed):
-        condenser(**fields, callbacks=[Dies()]).fit(graphs(), keeper=Progress(tmp_path / "kept"))
-    done = condenser(**fields).fit(graphs(), keeper=Progress(tmp_path / "kept"))
+        condenser(**fields, callbacks=[Dies(3)]).fit(graphs(), keeper=Progress(tmp_path / "kept"))
+    done = condenser(**fields, callbacks=[Dies()]).fit(graphs(), keeper=Progress(tmp_path / "kept"))
     assert torch.equal(done.omega_, condenser(**fields).fit(graphs()).omega_)
 
 
