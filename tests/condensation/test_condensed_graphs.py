@@ -13,6 +13,7 @@ from sparing.condensation.graph_evaluation import (
     evaluate_condensed_graphs,
     evaluate_condensed_nodes,
     graph_accuracy,
+    graph_embeddings,
     train_on_graphs,
     train_on_node_graph,
 )
@@ -99,6 +100,8 @@ def test_networks_learn_from_graphs_and_are_scored() -> None:
     (score,) = scores
     assert score.mean > 0.9
     assert score.ratio == score.mean
+    found = graph_embeddings(network(), test, batch_size=7)
+    assert found.shape == (40, 8)
     again = evaluate_condensed_graphs(train, val, test, {"gcn": network}, seeds=(0,), epochs=25, lr=0.05)
     assert again[0].accuracies == score.accuracies[:1]
 

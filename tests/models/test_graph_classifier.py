@@ -125,3 +125,13 @@ def test_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(InvalidValue, match=message):
             call()
+
+
+def test_exports_for_any_number_of_graphs_without_sparse_matrices() -> None:
+    *_, nodes, edges, owner = batch()
+    model = GraphClassifier(FEATURES, 3, hidden=4).eval()
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (nodes, edges, owner), dynamic_shapes=({0: free}, {1: free}, {0: free}))
+    assert not [node for node in program.graph.nodes if "sparse" in str(node.target)]
+    *_, nodes, edges, owner = batch(7)
+    torch.testing.assert_close(program.module()(nodes, edges, owner), model(nodes, edges, owner))

@@ -57,6 +57,15 @@ def graph_accuracy(network: nn.Module, graphs: Any, batch_size: int = 512) -> fl
     return right / len(packed)
 
 
+@torch.no_grad()
+def graph_embeddings(network: nn.Module, graphs: Any, batch_size: int = 512) -> Tensor:
+    """What enters the last layer of a network with ``embed_sparse``, for each graph (n, H); core sets choose by it."""
+    packed = PackedGraphs.of(graphs)
+    embed: Callable[..., Tensor] = network.embed_sparse  # type: ignore[assignment]
+    batches = map(packed.take, torch.arange(len(packed), device=packed.y.device).split(batch_size))
+    return torch.cat([embed(part.x, part.edge_index, part.batch, part.edge_weight) for part in batches])
+
+
 def train_on_graphs(
     network: nn.Module,
     train: Any,

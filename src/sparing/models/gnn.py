@@ -338,7 +338,9 @@ class GraphClassifier(nn.Module):
             batch = edge_index.new_zeros(nodes)
         if batch.shape != (nodes,):
             raise InvalidValue(f"GraphClassifier: batch of shape {tuple(batch.shape)}; ({nodes},) is expected")
-        graphs = int(batch.max()) + 1 if nodes else 0
+        # int() would make torch.export fix the number
+        graphs: Any = batch.max().item() + 1 if nodes else 0
+        torch._check(graphs >= 0)
         count = x.new_zeros(graphs).index_add(0, batch, x.new_ones(nodes))[:, None]
         edges, weight = normalised_edges(edge_index, nodes, edge_weight)
         conv: Any
