@@ -18,8 +18,11 @@ from sparing.parts import PARTS
 
 ENTRIES = [(kind, name) for kind in PARTS for name in PARTS[kind]]
 NOT_BY_NAME = {
+    "AdjacencyGCN": "takes an adjacency matrix, which no task's batch holds",
+    "AdjacencySGC": "takes an adjacency matrix, which no task's batch holds",
     "CustomTask": "is made of live data sets and functions",
     "ExitTask": "is another task as a network with exits sees it",
+    "GraphClassifier": "is a class of its own until there is a task on sets of graphs",
     "ImageClassification": "is the base of image tasks",
     "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",

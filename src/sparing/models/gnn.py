@@ -1,17 +1,24 @@
-"""Graph neural networks for the classes of nodes: GCN, GAT and GraphSAGE, of PyG's layers.
+"""Graph neural networks: for the classes of nodes, for those of whole graphs, and those that condensation learns with.
 
-All take node features and edges and give the logits of all nodes. Features may be dense or a sparse COO tensor, as bags
-of words are: the first layer then costs as much as there are non-zeros, and dropout draws for the non-zeros only, which
-leaves zeros zero as dropout on the dense matrix does. PyG is needed when a model is built, not to import this module.
+GCN, GAT and GraphSAGE are of PyG's layers, take node features and edges and give the logits of all nodes. Features may
+be dense or a sparse COO tensor, as bags of words are: the first layer then costs as much as there are non-zeros, and
+dropout draws for the non-zeros only, which leaves zeros zero as dropout on the dense matrix does. PyG is needed when
+such a model is built, not to import this module.
+
+:class:`GraphClassifier` takes whole graphs, as edges or as dense adjacencies; :class:`AdjacencyGCN` and
+:class:`AdjacencySGC` take one graph as a normalised adjacency matrix. These three are differentiable twice, and in a
+dense adjacency too.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import dropout, elu, linear, relu
 
@@ -199,3 +206,252 @@ def _sparse_sage(layer: SAGEConv, x: Tensor, edge_index: Tensor) -> Tensor:
     """The layer on sparse x: of W₁ · mean(x) the product comes first, so that no sparse row is gathered."""
     projected = linear(x, layer.lin_l.weight)
     return layer.propagate(edge_index, x=(projected, projected), size=None) + layer.lin_l.bias + layer.lin_r(x)
+
+
+def normalised_adjacency(adjacency: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """D^−½ (A + I) D^−½ of dense adjacencies (…, N, N), D the row sums, of at least 1 (Kipf and Welling 2017, eq. 2).
+
+    The diagonal of A + I is 1, whatever that of A is.
+    """
+    eye = torch.eye(adjacency.shape[-1], dtype=adjacency.dtype, device=adjacency.device)
+    looped = adjacency * (1 - eye) + eye
+    scale = looped.sum(-1).clamp(min=1).rsqrt()
+    return scale[..., :, None] * looped * scale[..., None, :]
+
+
+def normalised_edges(
+    edge_index: Int[Tensor, "2 e"], nodes: int, edge_weight: Float[Tensor, " e"] | None = None
+) -> tuple[Int[Tensor, "2 m"], Float[Tensor, " m"]]:
+    """The edges and weights of D^−½ (A + I) D^−½, a loop at each of the N ``nodes`` included; loops given count once.
+
+    Args:
+        edge_index: source and target of each edge, (2, E).
+        nodes: N.
+        edge_weight: (E,); None: all 1.
+    """
+    weight = edge_weight if edge_weight is not None else torch.ones(edge_index.shape[1], device=edge_index.device)
+    weight = torch.where(edge_index[0] == edge_index[1], 0.0, weight)
+    loops = torch.arange(nodes, device=edge_index.device)
+    edges = torch.cat([edge_index, torch.stack([loops, loops])], dim=1)
+    weight = torch.cat([weight, weight.new_ones(nodes)])
+    degree = weight.new_zeros(nodes).index_add(0, edges[1], weight)
+    scale = degree.clamp(min=1).rsqrt()
+    return edges, scale[edges[0]] * weight * scale[edges[1]]
+
+
+def normalised_sparse(
+    edge_index: Int[Tensor, "2 e"], nodes: int, edge_weight: Float[Tensor, " e"] | None = None
+) -> Float[Tensor, "n n"]:
+    """:func:`normalised_edges` as a sparse COO matrix (N, N) that multiplies features from the left."""
+    edges, weight = normalised_edges(edge_index, nodes, edge_weight)
+    return torch.sparse_coo_tensor(edges.flip(0), weight, (nodes, nodes), check_invariants=False).coalesce()
+
+
+class GraphConvolution(nn.Module):
+    """One layer of a GCN without its propagation: X W and a bias that is added after it. W Glorot-uniform, bias 0."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(in_features, out_features, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        nn.init.xavier_uniform_(self.lin.weight)
+
+
+class GraphClassifier(nn.Module):
+    """Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.
+
+    A layer is D^−½ (A + I) D^−½ X W + b (Kipf and Welling 2017, equation 2), a norm if asked for, and ReLU, also after
+    the last. The same parameters serve dense adjacencies, through which gradients flow, and lists of edges, which cost
+    as much as there are edges; both give the same for the same graphs. The defaults are those of Jin et al. 2022,
+    arXiv:2206.07746.
+
+    Args:
+        in_features: features of a node, F.
+        num_classes: number of logits, C.
+        hidden: units of each layer, H.
+        depth: number of graph convolutions.
+        pooling: "mean" or "sum" over a graph's nodes.
+        norm: None, or "instance": each unit's mean and variance over a graph's nodes become 0 and 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden: int = 128,
+        depth: int = 3,
+        pooling: Literal["mean", "sum"] = "mean",
+        norm: Literal["instance"] | None = None,
+    ) -> None:
+        super().__init__()
+        whole("GraphClassifier", in_features=in_features, num_classes=num_classes, hidden=hidden, depth=depth)
+        if pooling not in ("mean", "sum"):
+            raise InvalidValue(f'GraphClassifier: pooling = {pooling!r}; "mean" or "sum" is expected')
+        if norm not in (None, "instance"):
+            raise InvalidValue(f'GraphClassifier: norm = {norm!r}; None or "instance" is expected')
+        self.in_features, self.depth, self.pooling, self.norm = in_features, depth, pooling, norm
+        widths = [in_features, *[hidden] * depth]
+        self.convs = nn.ModuleList(GraphConvolution(widths[i], widths[i + 1]) for i in range(depth))
+        self.head = nn.Linear(hidden, num_classes)
+
+    def _check(self, x: Tensor, shape: str, rank: int) -> None:
+        if x.ndim != rank or x.shape[-1] != self.in_features:
+            raise InvalidValue(
+                f"GraphClassifier: features of shape {tuple(x.shape)}; ({shape}, {self.in_features}) is expected"
+            )
+
+    def embed_dense(self, x: Float[Tensor, "..."], adj: Float[Tensor, "..."]) -> Float[Tensor, "graphs hidden"]:
+        """Features (n, N, F) and adjacencies (n, N, N), row = target → pooled (n, H). Every row counts as a node."""
+        self._check(x, "n, N", 3)
+        if adj.shape != (*x.shape[:2], x.shape[1]):
+            raise InvalidValue(
+                f"GraphClassifier: adjacencies of shape {tuple(adj.shape)}; {(*x.shape[:2], x.shape[1])} is expected"
+            )
+        smooth = normalised_adjacency(adj)
+        conv: Any
+        for conv in self.convs:
+            x = smooth @ conv.lin(x) + conv.bias
+            if self.norm:
+                x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            x = relu(x)
+        return x.mean(1) if self.pooling == "mean" else x.sum(1)
+
+    def embed_sparse(
+        self,
+        x: Float[Tensor, "..."],
+        edge_index: Shaped[Tensor, "..."],
+        batch: Shaped[Tensor, "..."] | None = None,
+        edge_weight: Float[Tensor, " e"] | None = None,
+    ) -> Float[Tensor, "graphs hidden"]:
+        """Features (nodes, F), edges (2, E), the graph of each node (nodes,) → pooled (graphs, H).
+
+        Without ``batch`` all nodes are of one graph. Each graph up to the last named one has at least one node.
+        """
+        self._check(x, "nodes", 2)
+        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
+            raise InvalidValue(
+                f"GraphClassifier: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole numbers "
+                "(2, E) are expected"
+            )
+        nodes = x.shape[0]
+        if batch is None:
+            batch = edge_index.new_zeros(nodes)
+        if batch.shape != (nodes,):
+            raise InvalidValue(f"GraphClassifier: batch of shape {tuple(batch.shape)}; ({nodes},) is expected")
+        # int() would make torch.export fix the number
+        graphs: Any = batch.max().item() + 1 if nodes else 0
+        torch._check(graphs >= 0)
+        count = x.new_zeros(graphs).index_add(0, batch, x.new_ones(nodes))[:, None]
+        edges, weight = normalised_edges(edge_index, nodes, edge_weight)
+        conv: Any
+        exporting = torch.compiler.is_compiling()
+        if not exporting:
+            smooth = torch.sparse_coo_tensor(edges.flip(0), weight, (nodes, nodes), check_invariants=False).coalesce()
+        for conv in self.convs:
+            x = conv.lin(x)
+            if exporting:  # ONNX has no product with a sparse matrix, which takes half the time
+                x = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]] * weight[:, None])
+            else:
+                x = torch.sparse.mm(smooth, x)
+            x = x + conv.bias
+            if self.norm:
+                x = x - (x.new_zeros(graphs, x.shape[1]).index_add(0, batch, x) / count)[batch]
+                x = x / (x.new_zeros(graphs, x.shape[1]).index_add(0, batch, x * x) / count + 1e-5).sqrt()[batch]
+            x = relu(x)
+        total = x.new_zeros(graphs, x.shape[1]).index_add(0, batch, x)
+        return total / count if self.pooling == "mean" else total
+
+    def forward_dense(self, x: Float[Tensor, "..."], adj: Float[Tensor, "..."]) -> Float[Tensor, "graphs classes"]:
+        """Features (n, N, F) and adjacencies (n, N, N) → logits (n, C)."""
+        return self.head(self.embed_dense(x, adj))
+
+    def forward_sparse(
+        self,
+        x: Float[Tensor, "..."],
+        edge_index: Shaped[Tensor, "..."],
+        batch: Shaped[Tensor, "..."] | None = None,
+        edge_weight: Float[Tensor, " e"] | None = None,
+    ) -> Float[Tensor, "graphs classes"]:
+        """Features (nodes, F), edges (2, E), the graph of each node (nodes,) → logits (graphs, C)."""
+        return self.head(self.embed_sparse(x, edge_index, batch, edge_weight))
+
+    def forward(
+        self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "..."], batch: Shaped[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "graphs classes"]:
+        """As :meth:`forward_sparse`."""
+        return self.forward_sparse(x, edge_index, batch)
+
+
+Adjacency = Tensor | Sequence[Tensor | None]
+"""A normalised adjacency (N, N), dense or sparse, or one block for each propagation, first to last: (rows, columns),
+or None where its product has been taken already."""
+
+
+class _Propagating(nn.Module):
+    """Linear layers, each followed by propagations and a bias; ReLU between layers.
+
+    ``layers`` hold W (out, in) and b, which begin as those of torch's ``Linear``, U(±1/√in).
+    """
+
+    def __init__(self, name: str, widths: Sequence[int], hops: Sequence[int]) -> None:
+        super().__init__()
+        self.name, self.in_features, self.hops = name, widths[0], tuple(hops)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    @property
+    def linear_hops(self) -> int:
+        """Propagations before the first ReLU: these can be done once for all, on the features."""
+        return self.hops[0]
+
+    def _blocks(self, adj: Adjacency) -> Iterator[Tensor | None]:
+        blocks = [adj] * sum(self.hops) if isinstance(adj, Tensor) else list(adj)
+        if len(blocks) != sum(self.hops):
+            raise InvalidValue(f"{self.name}: {len(blocks)} blocks; one for each of {sum(self.hops)} propagations")
+        return iter(blocks)
+
+    def forward(self, x: Float[Tensor, "..."], adj: Any) -> Float[Tensor, "n classes"]:
+        """Features (N, F) and an :data:`Adjacency` → logits (N, C), of the last block's rows."""
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise InvalidValue(f"{self.name}: features of shape {tuple(x.shape)}; (N, {self.in_features}) is expected")
+        blocks = self._blocks(adj)
+        layer: Any
+        for number, (layer, hops) in enumerate(zip(self.layers, self.hops, strict=True)):
+            x = linear(x if number == 0 else relu(x), layer.weight)
+            for _ in range(hops):
+                block = next(blocks)
+                x = x if block is None else block @ x
+            x = x + layer.bias
+        return x
+
+
+class AdjacencyGCN(_Propagating):
+    """Graph convolutional network on an adjacency matrix: Â·ReLU(Â X W₀ + b₀)·W₁ + b₁ (Kipf and Welling 2017).
+
+    Shapes: x (N, in_features), Â (N, N) → logits (N, num_classes).
+
+    Args:
+        in_features: features of a node.
+        num_classes: number of logits.
+        hidden: units of each inner layer.
+        depth: number of layers.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, hidden: int = 256, depth: int = 2) -> None:
+        whole("AdjacencyGCN", in_features=in_features, num_classes=num_classes, hidden=hidden, depth=depth)
+        super().__init__("AdjacencyGCN", [in_features, *[hidden] * (depth - 1), num_classes], [1] * depth)
+
+
+class AdjacencySGC(_Propagating):
+    """Simple graph convolution on an adjacency matrix: Âᴷ X W + b (Wu et al. 2019, arXiv:1902.07153, equation 8).
+
+    Shapes: x (N, in_features), Â (N, N) → logits (N, num_classes).
+
+    Args:
+        in_features: features of a node.
+        num_classes: number of logits.
+        propagations: K.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, propagations: int = 2) -> None:
+        whole("AdjacencySGC", in_features=in_features, num_classes=num_classes, propagations=propagations)
+        super().__init__("AdjacencySGC", [in_features, num_classes], [propagations])
