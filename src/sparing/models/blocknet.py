@@ -1,0 +1,133 @@
+"""The small convolutional networks that condensed images are made with, and judged by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparing.core.errors import InvalidValue
+from sparing.models.convnet import whole
+
+
+class _Embedding(nn.Module):
+    """``features``, flattened, then ``classifier``."""
+
+    features: nn.Sequential
+    classifier: nn.Module
+
+    def __init__(self, in_channels: int, image_size: int) -> None:
+        super().__init__()
+        self.in_channels, self.image_size = in_channels, image_size
+
+    def embed(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n features"]:
+        """(N, in_channels, image_size, image_size) → what the classifier sees, channel by channel, (N, features)."""
+        if tuple(images.shape[1:]) != (self.in_channels, self.image_size, self.image_size):
+            raise InvalidValue(
+                f"{type(self).__name__}: an input of shape {tuple(images.shape)}; (N, {self.in_channels}, "
+                f"{self.image_size}, {self.image_size}) is expected"
+            )
+        return self.features(images).flatten(1)
+
+    def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
+        """(N, in_channels, image_size, image_size) → logits (N, num_classes)."""
+        return self.classifier(self.embed(images))
+
+
+class BlockNet(_Embedding):
+    """Convolutional network of equal blocks, which gradients are matched on (Zhao et al. 2021, arXiv:2006.05929).
+
+    A block is 3×3 convolution → norm → ReLU → 2×2 average pooling; all positions of the last enter the head. The
+    papers on condensation call it ConvNet, or ConvNetD3 for three blocks.
+
+    Shapes: (N, in_channels, image_size, image_size) → logits (N, num_classes).
+
+    Args:
+        in_channels: channels of an image.
+        num_classes: number of logits.
+        image_size: height and width in pixels.
+        width: channels of each block.
+        depth: number of blocks.
+        norm: "instance" (each channel of each image for itself, with learned scale and shift), "batch" or "none".
+        hidden: units of a layer between features and logits, with ReLU; None: the head is one linear layer.
+        first_padding: zeros around the image; None: 3 for one channel, which makes 28 pixels 32, otherwise 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        image_size: int = 28,
+        width: int = 128,
+        depth: int = 3,
+        norm: Literal["instance", "batch", "none"] = "instance",
+        hidden: int | None = None,
+        first_padding: int | None = None,
+    ) -> None:
+        sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+        whole("blocknet", **sizes, width=width, depth=depth)
+        if norm not in ("instance", "batch", "none"):
+            raise InvalidValue(f'blocknet: norm = {norm!r}; "instance", "batch" or "none" is expected')
+        if first_padding is None:
+            first_padding = 3 if in_channels == 1 else 1
+        whole("blocknet", at_least=0, first_padding=first_padding)
+        super().__init__(in_channels, image_size)
+        layers: list[nn.Module] = []
+        channels, size = in_channels, image_size
+        for block in range(depth):
+            padding = first_padding if block == 0 else 1
+            size = (size + 2 * padding - 2) // 2
+            if size < 1:
+                raise InvalidValue(
+                    f"blocknet: {depth} blocks halve an image of {image_size} pixels to nothing; give a smaller depth, "
+                    f"at most {block}, or larger images"
+                )
+            layers.append(nn.Conv2d(channels, width, 3, padding=padding))
+            if norm != "none":
+                layers.append(nn.GroupNorm(width, width) if norm == "instance" else nn.BatchNorm2d(width))
+            layers += [nn.ReLU(), nn.AvgPool2d(2)]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier: nn.Module = nn.Linear(width * size * size, num_classes)
+        if hidden is not None:
+            whole("blocknet", hidden=hidden)
+            self.classifier = nn.Sequential(
+                nn.Linear(width * size * size, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+            )
+
+
+class AlexNet(_Embedding):
+    """AlexNet for small images: two 5×5 convolutions with local response norm, three linear layers.
+
+    Convolution (64) → ReLU → max pooling → norm → convolution (64) → ReLU → norm → max pooling, then linear layers of
+    384 and 192 units and the logits, as in the study of backdoors in distilled data (Liu et al. 2023,
+    arXiv:2301.01197); after Krizhevsky et al. 2012. Pooling is 3×3 with stride 2.
+
+    Shapes: (N, in_channels, image_size, image_size) → logits (N, num_classes).
+
+    Args:
+        in_channels: channels of an image.
+        num_classes: number of logits.
+        image_size: height and width in pixels; 32 gives the classifier 4096 inputs.
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10, image_size: int = 32) -> None:
+        whole("alexnet", in_channels=in_channels, num_classes=num_classes, image_size=image_size)
+        super().__init__(in_channels, image_size)
+
+        def norm() -> nn.Module:
+            return nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1.0)
+
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(3, stride=2, padding=1)
+
+        size = ((image_size + 1) // 2 + 1) // 2
+        self.features = nn.Sequential(
+            *(nn.Conv2d(in_channels, 64, 5, padding=2), nn.ReLU(), pool(), norm()),
+            *(nn.Conv2d(64, 64, 5, padding=2), nn.ReLU(), norm(), pool()),
+        )
+        self.classifier = nn.Sequential(
+            *(nn.Linear(64 * size * size, 384), nn.ReLU()),
+            *(nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, num_classes)),
+        )

@@ -1,0 +1,65 @@
+"""The networks that condensed images are made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparing.core.errors import InvalidValue
+from sparing.models.blocknet import AlexNet, BlockNet
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize(("channels", "size", "features"), [(1, 28, 4), (3, 32, 4), (3, 28, 3), (1, 13, 2)])
+def test_shapes(norm: Any, channels: int, size: int, features: int) -> None:
+    model = BlockNet(channels, 7, size, width=5, norm=norm)
+    images = torch.randn(2, channels, size, size)
+    assert model.embed(images).shape == (2, 5 * features * features)
+    torch.testing.assert_close(model.classifier(model.embed(images)), model(images))
+    assert model(images).shape == (2, 7)
+
+
+def test_head_of_two_layers_and_the_first_padding() -> None:
+    model = BlockNet(1, 10, 28, width=4, hidden=192, norm="none")
+    assert [type(layer) for layer in model.classifier.children()] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert {name for name, _ in model.named_parameters()} >= {"features.6.weight", "classifier.0.bias"}
+    assert BlockNet(1, 10, 28, first_padding=1).embed(torch.zeros(1, 1, 28, 28)).shape == (1, 128 * 3 * 3)
+
+
+def test_instance_norm_sees_each_image_alone() -> None:
+    model = BlockNet(3, 4, 16, width=4, depth=2)
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
+    brighter = model.features[1](model.features[0](images) * 3 + 2)
+    torch.testing.assert_close(brighter, model.features[1](model.features[0](images)), atol=1e-3, rtol=1e-3)
+
+
+def test_alexnet() -> None:
+    model = AlexNet()
+    assert model.classifier[0].in_features == 4096
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert AlexNet(1, 3, 9)(torch.randn(2, 1, 9, 9)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 0}, "width = 0"),
+        ({"norm": "layer"}, "norm = 'layer'"),
+        ({"hidden": -1}, "hidden = -1"),
+        ({"first_padding": -1}, "first_padding = -1"),
+        ({"in_channels": 3, "image_size": 7, "depth": 3}, "3 blocks halve an image of 7 pixels.*at most 2"),
+    ],
+)
+def test_impossible_networks_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValue, match=message):
+        BlockNet(**fields)
+
+
+@pytest.mark.parametrize("kind", [BlockNet, AlexNet])
+def test_a_wrong_input_names_both_shapes(kind: Any) -> None:
+    with pytest.raises(InvalidValue, match=r"\(2, 1, 16, 16\); \(N, 3, 32, 32\)"):
+        kind(3, 10, 32)(torch.zeros(2, 1, 16, 16))
