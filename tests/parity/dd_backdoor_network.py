@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
+
+from sparing.models.blocknet import BlockNet
 
 Arrays = Mapping[str, np.ndarray]
 
 
-class Network(nn.Module):
-    """Blocks of 3x3 convolution, ReLU, average pool; then two linear layers."""
-
-    def __init__(self, weights: Arrays) -> None:
-        super().__init__()
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        names = [name.split(".")[1] for name in weights if name.startswith("features.") and name.endswith(".weight")]
-        for block, name in enumerate(sorted(names, key=int)):
-            wide, channels, kernel, _ = weights[f"features.{name}.weight"].shape
-            padding = 3 if block == 0 and channels == 1 else kernel // 2
-            layers[name] = nn.Conv2d(channels, wide, kernel, padding=padding)
-            layers[f"{int(name) + 1}"] = nn.ReLU(inplace=True)
-            layers[f"{int(name) + 2}"] = nn.AvgPool2d(2)
-        self.features = nn.Sequential(layers)
-        hidden, features = weights["classifier.0.weight"].shape
-        classes = weights["classifier.2.weight"].shape[0]
-        self.classifier = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, classes))
-        self.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(x).flatten(1))
+def network(weights: Arrays, size: int) -> BlockNet:
+    convolutions = [array for array in weights.values() if array.ndim == 4]
+    wide, channels, _, _ = convolutions[0].shape
+    hidden = len(weights["classifier.0.weight"])
+    classes = len(weights["classifier.2.weight"])
+    model = BlockNet(channels, classes, size, wide, len(convolutions), norm="none", hidden=hidden)
+    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    return model
 
 
 def weights_of(arrays: Arrays) -> dict[str, np.ndarray]:

@@ -121,6 +121,10 @@ class Defence(ABC):
     level: ClassVar[Level]
     source: ClassVar[str]
     """The paper it comes from, or "own"."""
+    fewest_images: ClassVar[int] = 2
+    """In the hold-out."""
+    reconstructs: ClassVar[bool] = False
+    """Whether its findings hold triggers that other defences can be tried with."""
 
     @abstractmethod
     def judge(self, subject: Subject) -> Finding:

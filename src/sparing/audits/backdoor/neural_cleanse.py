@@ -153,6 +153,7 @@ class NeuralCleanse(Defence):
 
     name, level = "neural_cleanse", "model"
     source = "Wang et al., Neural Cleanse, IEEE S&P 2019"
+    reconstructs = True
 
     def __init__(self, epochs: int = 40, batch: int = 32, threshold: float = 2.0) -> None:
         settings(

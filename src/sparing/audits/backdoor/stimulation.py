@@ -134,20 +134,19 @@ class UnitStimulation(Defence):
                     "small_enough": counts,
                 }
             )
-            found.append((success if counts else -math.inf, patch, stamp))
+            found.append((success if counts else -math.inf, patch))
         figures = {"pairs": rows, "largest_mask_l1": limit}
-        score = max(success for success, _, _ in found)
+        score = max(success for success, _ in found)
         if score == -math.inf:
             return self.finding(
                 "no evidence", threshold=self.threshold, remark="no mask is small enough to count", figures=figures
             )
-        flagged = [(patch, stamp) for success, patch, stamp in found if success > self.threshold]
+        flagged = [patch for success, patch in found if success > self.threshold]
         return self.finding(
             "evidence" if flagged else "no evidence",
             score=score,
             threshold=self.threshold,
-            suspects=tuple(sorted({patch.target for patch, _ in flagged})),
+            suspects=tuple(sorted({patch.target for patch in flagged})),
             figures=figures,
-            stamps=tuple(stamp for _, stamp in flagged),
-            pictures={f"class {patch.target}": patch.mask * patch.pattern for patch, _ in flagged},
+            pictures={f"class {patch.target}": patch.mask * patch.pattern for patch in flagged},
         )

@@ -15,7 +15,6 @@ from sparing.audits.backdoor.pixels import PixelSpace
 from sparing.core.errors import InvalidValue
 
 Blend = Literal["add", "half"]
-FEWEST_IMAGES = 50
 LOG_SHIFT = 1e-12
 
 
@@ -78,6 +77,7 @@ class Strip(Defence):
 
     name, level = "strip", "input"
     source = "Gao et al., STRIP, ACSAC 2019"
+    fewest_images = 50
 
     def __init__(
         self, blends: int = 100, frr: float = 0.01, how: Blend = "add", inputs: int = 100, threshold: float = 0.5
@@ -97,8 +97,10 @@ class Strip(Defence):
 
         Raises :class:`InvalidValue` for a hold-out of fewer than 50 images.
         """
-        if len(subject.holdout.y) < FEWEST_IMAGES:
-            raise InvalidValue(f"strip: a hold-out of {len(subject.holdout.y)} images; at least {FEWEST_IMAGES}")
+        if len(subject.holdout.y) < self.fewest_images:
+            raise InvalidValue(
+                f"strip: a hold-out of {len(subject.holdout.y)} images; at least {self.fewest_images} are needed"
+            )
         generator = torch.Generator().manual_seed(subject.seed)
         fitted, judged = subject.halves()
 
