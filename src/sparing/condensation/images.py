@@ -8,8 +8,6 @@ embeddings of untrained networks (Zhao and Bilen 2023, arXiv:2110.04181, algorit
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -21,12 +19,11 @@ from torch.nn.functional import cross_entropy
 from sparing.condensation.callbacks import Callbacks
 from sparing.condensation.coresets import class_labels
 from sparing.condensation.matching import METRICS, Metric, distribution_matching_loss, gradient_matching_loss
+from sparing.condensation.run import Run
 from sparing.condensation.siamese import FAMILIES, Draws, check_families, draw_augmentation
 from sparing.core.collation import batches_of
-from sparing.core.errors import InvalidValue, TrainingDiverged, shown
-from sparing.core.probe import peak_mib
+from sparing.core.errors import InvalidValue, shown
 from sparing.core.randomness import derive_seed, isolated_rng
-from sparing.core.store import cpu_seconds
 from sparing.models.blocknet import BlockNet
 from sparing.models.convnet import whole
 
@@ -117,6 +114,25 @@ def freeze_batch_norms(network: nn.Module, images: Float[Tensor, "n c h w"]) -> 
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+
+
+def fresh_network(
+    factory: Callable[[], nn.Module] | None,
+    real: Float[Tensor, "n c h w"],
+    classes: int,
+    norm: Literal["instance", "none"] = "instance",
+) -> nn.Module:
+    """A new network for images like ``real``, in training mode where they are; a BlockNet without a factory.
+
+    Raises:
+        InvalidValue: images that are not square, which a BlockNet needs.
+    """
+    if factory is not None:
+        return factory().to(real.device).train()
+    channels, height, width = real.shape[1:]
+    if height != width:
+        raise InvalidValue(f"images of {height}×{width} pixels are not square; give a network")
+    return BlockNet(channels, classes, height, norm=norm).to(real.device).train()
 
 
 class ImageCondenser:
@@ -266,48 +282,20 @@ class ImageCondenser:
             real, labels = labelled_images(*callbacks.data_ready(before))
         classes = int(labels.max()) + 1
         pools = [(labels == c).nonzero().flatten() for c in range(classes)]
-        images, spent = self._start(real, pools), (0.0, 0.0)
+        images = self._start(real, pools)
         optimizer = self.image_optimizer(images)
         self.labels_ = torch.arange(classes, device=real.device).repeat_interleave(self.n_per_class)
-        self.loss_curve_ = []
-        settings = self.settings() | {"data": [list(real.shape), classes]}
-        state = keeper.load() if keeper is not None else None
-        if state is not None:
-            if state["settings"] != settings:
-                raise InvalidValue(f"the kept state is of {state['settings']}; this condensing is {settings}")
-            with torch.no_grad():
-                images.copy_(state["images"])
-            optimizer.load_state_dict(state["optimizer"])
-            callbacks.load(state["callbacks"])
-            self.loss_curve_, spent = list(state["losses"]), tuple(state["spent"])
-        clock = (time.perf_counter() - spent[0], cpu_seconds() - spent[1])
+        settings = self.settings() | {"data": [*real.shape, classes]}
         iterate = self._match_distributions if self.method == "dm" else self._match_gradients
-        for iteration in range(len(self.loss_curve_), self.max_iter):
-            with isolated_rng("condensing images", self.random_state, iteration):
-                loss = iterate(iteration, images, optimizer, real, pools, callbacks)
-                if not math.isfinite(loss):
-                    raise TrainingDiverged(f"the loss of iteration {iteration} is {loss}; a smaller lr_img may help")
-                self.loss_curve_.append(loss)
-                callbacks.iteration_end(iteration, loss)
-            if keeper is not None and (iteration + 1) % self.checkpoint_every == 0:
-                keeper.save(
-                    {
-                        "settings": settings,
-                        "images": images.detach(),
-                        "optimizer": optimizer.state_dict(),
-                        "callbacks": callbacks.state(),
-                        "losses": self.loss_curve_,
-                        "spent": [time.perf_counter() - clock[0], cpu_seconds() - clock[1]],
-                    }
-                )
-        self.images_ = images.detach()
-        self.cost_ = {
-            "wall_s": time.perf_counter() - clock[0],
-            "cpu_s": cpu_seconds() - clock[1],
-            "peak_bytes": peak_mib() * 2**20,
-            "bytes_before": float(sum(tensor.nbytes for tensor in before)),
-            "bytes_after": float(self.images_.nbytes + self.labels_.nbytes),
-        }
+        with Run(
+            {"images": images}, optimizer, callbacks, settings, self.max_iter, keeper, self.checkpoint_every
+        ) as run:
+            for iteration in run.left():
+                with isolated_rng("condensing images", self.random_state, iteration):
+                    loss = iterate(iteration, images, optimizer, real, pools, callbacks)
+                    run.end(iteration, loss)
+        self.images_, self.loss_curve_ = images.detach(), run.losses
+        self.cost_ = run.cost(before, (self.images_, self.labels_))
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -350,13 +338,6 @@ class ImageCondenser:
             start = torch.cat([real[_some(pool, self.n_per_class, generator)] for pool in pools])
         return start.clone().requires_grad_()
 
-    def _fresh(self, real: Tensor, classes: int) -> nn.Module:
-        if self.network is not None:
-            return self.network().to(real.device).train()
-        if real.shape[2] != real.shape[3]:
-            raise InvalidValue(f"images of {real.shape[2]}×{real.shape[3]} pixels are not square; give a network")
-        return BlockNet(real.shape[1], classes, real.shape[2]).to(real.device).train()
-
     def _update(
         self,
         images: Tensor,
@@ -393,7 +374,7 @@ class ImageCondenser:
         callbacks: Callbacks,
     ) -> float:
         """An iteration of DC or DSA; its mean loss."""
-        network, generator = self._fresh(real, len(pools)), self._generator(iteration)
+        network, generator = fresh_network(self.network, real, len(pools)), self._generator(iteration)
         learner = torch.optim.SGD(network.parameters(), lr=self.lr_net)
         total = 0.0
         for outer in range(self.outer_steps):
@@ -424,7 +405,7 @@ class ImageCondenser:
         callbacks: Callbacks,
     ) -> float:
         """An iteration of DM; its loss. Callbacks get the network before the images are updated, untrained as it is."""
-        network, generator = self._fresh(real, len(pools)), self._generator(iteration)
+        network, generator = fresh_network(self.network, real, len(pools)), self._generator(iteration)
         callbacks.after_network_update(network)
         network.train().requires_grad_(False)
         self._freeze(network, real, pools, generator)
