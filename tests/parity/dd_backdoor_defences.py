@@ -6,7 +6,8 @@ import re
 
 import numpy as np
 import torch
-from dd_backdoor_network import Arrays, channels_first, close, near_largest, network, weights_of
+from dd_backdoor_arrays import Arrays, channels_first, close, near_largest, weights_of
+from dd_unroll import network_of
 from torch import nn
 
 from sparing.audits.backdoor.latent import cluster_activations, spectral_removed, spectral_scores
@@ -119,6 +120,6 @@ def repairs(arrays: Arrays, model: nn.Module) -> set[str]:
 def defences(arrays: Arrays) -> set[str]:
     """Names of the arrays compared or used."""
     weights = weights_of(arrays)
-    model = network(weights, arrays["x"].shape[-1])
+    model = network_of(weights, arrays["x"].shape[-1])
     names = {f"w/{name}" for name in weights}
     return names | neural_cleanse(arrays, model) | strip(arrays) | data_set(arrays) | repairs(arrays, model)

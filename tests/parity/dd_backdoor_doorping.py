@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from dd_backdoor_network import Arrays, channels_first, close, near_largest, network, weights_of
+from dd_backdoor_arrays import Arrays, channels_first, close, near_largest, weights_of
+from dd_unroll import network_of
 
 from sparing.audits.backdoor.attack import poisoned_count
 from sparing.audits.backdoor.layers import linear_layer
@@ -20,7 +21,7 @@ def doorping(arrays: Arrays) -> set[str]:
     names = {"cfg", "alpha", "layer", "mean", "std", "poison_n", "poison_portion", "images_uint8"}
     channels, size, width, depth, side, topk = (int(value) for value in arrays["cfg"])
     weights = weights_of(arrays)
-    model = network(weights, size)
+    model = network_of(weights, size)
     convolutions = [array for array in weights.values() if array.ndim == 4]
     assert len(convolutions) == depth
     assert {len(array) for array in convolutions} == {width}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from dd_backdoor_defences import defences
 from dd_backdoor_doorping import doorping
+from dd_unroll import CHECKS as UNROLLED
 
-CHECKS: dict[str, Callable[..., set[str]]] = {"patch_uint8": doorping, "strip_frr": defences}
+CHECKS: dict[str, Callable[..., set[str]]] = {"patch_uint8": doorping, "strip_frr": defences, **UNROLLED}
 """An array that tells what a file holds → the check of all of that file."""
 
 

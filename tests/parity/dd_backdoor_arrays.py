@@ -1,4 +1,4 @@
-"""The network of the dd_backdoor fixtures, built from the weights that a file holds."""
+"""What the checks of dd_backdoor fixtures share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from sparing.models.blocknet import BlockNet
-
 Arrays = Mapping[str, np.ndarray]
-
-
-def network(weights: Arrays, size: int) -> BlockNet:
-    convolutions = [array for array in weights.values() if array.ndim == 4]
-    wide, channels, _, _ = convolutions[0].shape
-    hidden = len(weights["classifier.0.weight"])
-    classes = len(weights["classifier.2.weight"])
-    model = BlockNet(channels, classes, size, wide, len(convolutions), norm="none", hidden=hidden)
-    model.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-    return model
 
 
 def weights_of(arrays: Arrays) -> dict[str, np.ndarray]:
