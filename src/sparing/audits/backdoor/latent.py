@@ -50,10 +50,10 @@ def cluster_activations(features: Float[Tensor, "n units"], seed: int = 0) -> Cl
     from sklearn.metrics import silhouette_score
 
     rows = features.cpu().numpy()
+    if (rows == rows[0]).all():
+        return Clusters(0.0, 0.0, torch.empty(0, dtype=torch.long))
     reduced = PCA(min(COMPONENTS, *rows.shape), svd_solver="full").fit_transform(rows)
     labels = KMeans(2, n_init=10, random_state=seed).fit_predict(reduced)
-    if len(set(labels.tolist())) < 2:  # all rows are the same
-        return Clusters(0.0, 0.0, torch.empty(0, dtype=torch.long))
     small = int((labels == 1).sum() * 2 < len(labels))
     members = torch.from_numpy(labels == small).nonzero().flatten()
     return Clusters(len(members) / len(rows), float(silhouette_score(reduced, labels)), members)
