@@ -135,9 +135,18 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
     },
     "models": {
+        "alexnet": Part(
+            "sparing.models.blocknet:AlexNet",
+            "AlexNet for small images: two 5×5 convolutions with local response norm, three linear layers.",
+        ),
         "bert": Part(
             "sparing.models.bert:Bert",
             "Transformer encoder for texts with post-norm blocks and one of five heads (Devlin et al. 2019).",
+        ),
+        "blocknet": Part(
+            "sparing.models.blocknet:BlockNet",
+            "Convolutional network of equal blocks, which gradients are matched on (Zhao et al. 2021, "
+            "arXiv:2006.05929).",
         ),
         "convnet": Part(
             "sparing.models.convnet:ConvNet",

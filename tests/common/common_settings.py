@@ -253,7 +253,9 @@ def registered_task(name: str, **fields):
 
 
 MODELS = {
+    "alexnet": ModelCase("alexnet", Digits),
     "bert": ModelCase("bert", few_texts, SMALL_BERT),
+    "blocknet": ModelCase("blocknet", Digits, {"width": 4, "depth": 2}),
     "convnet": ModelCase("convnet", Digits, {"widths": [4, 8]}),
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),

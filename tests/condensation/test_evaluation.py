@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sparing.condensation.evaluation import ArchitectureScore, accuracy, evaluate_condensed, train_on_condensed
+from sparing.condensation.coresets import CoresetSelector
+from sparing.condensation.evaluation import (
+    ArchitectureScore,
+    accuracy,
+    embed_images,
+    evaluate_condensed,
+    train_on_condensed,
+)
 from sparing.core.errors import InvalidValue, TrainingDiverged
 from sparing.models.blocknet import BlockNet
 from sparing.models.mlp import MLP
@@ -97,6 +105,17 @@ def test_accuracy_counts_over_batches() -> None:
     network = nn.Flatten()  # the pixels are the logits
     images = torch.eye(3).reshape(3, 1, 1, 3)
     assert accuracy(network, images, torch.tensor([0, 1, 0]), batch_size=2) == pytest.approx(2 / 3)
+
+
+def test_core_sets_on_what_a_trained_network_sees() -> None:
+    images, labels = bands(8)
+    torch.manual_seed(0)
+    network = train_on_condensed(FACTORIES["mlp"](), images, labels, epochs=20)
+    seen = embed_images(network, images, batch_size=5)
+    torch.testing.assert_close(seen, network.layers(images).detach())  # type: ignore[operator]
+    chosen = CoresetSelector("herding", 2, embed=partial(embed_images, network)).fit(images, labels).indices_
+    assert chosen.tolist() == CoresetSelector("herding", 2).fit(seen, labels).indices_.tolist()
+    assert chosen.tolist() != CoresetSelector("herding", 2).fit(images, labels).indices_.tolist()
 
 
 def test_one_seed_has_no_spread() -> None:

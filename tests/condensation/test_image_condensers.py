@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch.utils.data import TensorDataset
 from sparing.condensation.images import ImageCondenser, freeze_batch_norms, labelled_images, train_epoch
 from sparing.condensation.matching import embeddings, gradient_matching_loss
 from sparing.core.errors import InvalidValue, TrainingDiverged
+from sparing.core.store import Progress
 from sparing.models.blocknet import BlockNet
 from sparing.models.mlp import MLP
+from sparing.tasks.images.digits import Digits
 
 CLASSES, EACH, SIZE = 3, 6, 8
 
@@ -182,6 +185,18 @@ def test_cut_off_anywhere_it_ends_with_the_same_bits(method: Any) -> None:
     assert not torch.equal(condenser(method, random_state=1).fit(X, y).images_, whole.images_)
 
 
+def test_a_stores_progress_keeps_the_state(tmp_path: Path) -> None:
+    X, y = data()
+    whole = condenser("dsa", callbacks=(Stamp(),)).fit(X, y)
+    kept = Progress(tmp_path / "progress")
+    condenser("dsa", callbacks=(Stamp(),)).fit(X, y, keeper=kept)
+    last = max((tmp_path / "progress").glob("*.state"))
+    last.write_bytes(last.read_bytes()[:-9])  # as a kill in the middle of a write would leave it
+    resumed = condenser("dsa", callbacks=(Stamp(),)).fit(X, y, keeper=kept)
+    assert torch.equal(resumed.images_, whole.images_)
+    assert resumed.cost_["wall_s"] > 0
+
+
 def test_the_state_of_another_condensing_is_refused() -> None:
     X, y = data()
     memory = Memory()
@@ -338,6 +353,14 @@ def test_an_epoch_takes_each_image_once() -> None:
 def test_settings_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidValue, match=message):
         ImageCondenser(**arguments)
+
+
+def test_a_tasks_images_are_read_whole() -> None:
+    split = Digits().splits(None).val
+    images, labels = labelled_images(split)
+    assert images.shape == (len(split), 1, 8, 8)
+    torch.testing.assert_close(images[7], torch.as_tensor(split[7][0]))
+    assert labels[7] == split[7][1]
 
 
 def test_images_that_cannot_be() -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparing.condensation.images import labelled_images, train_epoch
+from sparing.condensation.matching import embeddings
 from sparing.condensation.siamese import check_families
 from sparing.core.errors import InvalidValue, TrainingDiverged
 from sparing.core.randomness import derive_seed, isolated_rng
@@ -120,6 +121,14 @@ def accuracy(
     for part, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         right += int((network(part).argmax(1) == wanted).sum())
     return right / len(images)
+
+
+@torch.no_grad()
+def embed_images(network: nn.Module, images: Float[Tensor, "n c h w"], batch_size: int = 512) -> Float[Tensor, "n d"]:
+    """What enters a trained network's head, batch by batch: ``functools.partial(embed_images, network)`` serves as
+    ``embed`` of a :class:`~sparing.condensation.coresets.CoresetSelector`.
+    """
+    return torch.cat([embeddings(network, part) for part in images.split(batch_size)])
 
 
 def evaluate_condensed(
