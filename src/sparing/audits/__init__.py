@@ -1,0 +1,1 @@
+"""Audits: what was lost, or hides, besides quality."""
