@@ -78,12 +78,10 @@ class CoresetSelector:
         embed: samples → embeddings (n, d), for the two strategies that compare samples. It is called once, with all
             candidates. None: the samples are arrays, flattened.
         random_state: seed of "random".
-
-    Attributes:
-        indices_: rows of what was given to :meth:`fit`, class after class, in each in the order of choice.
     """
 
     indices_: Int[np.ndarray, " m"]
+    """Rows of what was given to :meth:`fit`, class after class, in each in the order of choice."""
 
     def __init__(
         self,

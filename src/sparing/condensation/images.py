@@ -169,22 +169,19 @@ class ImageCondenser:
         callbacks: see :class:`~sparing.condensation.callbacks.Callbacks`; data are (images, labels).
         checkpoint_every: iterations between two states that are kept, where :meth:`fit` is given a keeper.
 
-    Attributes:
-        images_: (C · n_per_class, channels, H, W), class after class, in the space of the images that were given.
-        labels_: (C · n_per_class,).
-        condensed_: both as a dataset.
-        loss_curve_: for each iteration the loss, summed over classes, mean over updates.
-        cost_: ``wall_s`` and ``cpu_s`` of all attempts up to their last state, ``peak_bytes`` of the process so far,
-            ``bytes_before`` and ``bytes_after`` of images and labels.
-
     Raises:
         InvalidValue: arguments outside what is allowed.
     """
 
     images_: Float[Tensor, "m c h w"]
+    """(C · n_per_class, channels, H, W), class after class, in the space of the images that were given."""
     labels_: Int[Tensor, " m"]
+    """(C · n_per_class,)."""
     loss_curve_: list[float]
+    """For each iteration the loss, summed over classes, mean over updates."""
     cost_: dict[str, float]
+    """``wall_s`` and ``cpu_s`` of all attempts up to their last state, ``peak_bytes`` of the process so far,
+    ``bytes_before`` and ``bytes_after`` of images and labels."""
 
     def __init__(
         self,

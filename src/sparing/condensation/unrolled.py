@@ -115,25 +115,22 @@ class UnrolledCondenser:
         callbacks: see :class:`~sparing.condensation.callbacks.Callbacks`; data are (images, labels).
         checkpoint_every: iterations between two states that are kept, where :meth:`fit` is given a keeper.
 
-    Attributes:
-        images_: (distill_steps, C · n_per_class, channels, H, W), classes 0 … C−1 again and again.
-        labels_: (C · n_per_class,), of each set.
-        learning_rates_: (distill_steps · distill_epochs,).
-        initial_weights_: name → where the network begins; None without ``known_init``.
-        condensed_: all images with their labels as one dataset.
-        loss_curve_: loss on the real batch of each iteration.
-        cost_: as :class:`~sparing.condensation.images.ImageCondenser` has it.
-
     Raises:
         InvalidValue: arguments outside what is allowed.
     """
 
     images_: Float[Tensor, "s m c h w"]
+    """(distill_steps, C · n_per_class, channels, H, W), classes 0 … C−1 again and again."""
     labels_: Int[Tensor, " m"]
+    """(C · n_per_class,), of each set."""
     learning_rates_: Float[Tensor, " t"]
+    """(distill_steps · distill_epochs,)."""
     initial_weights_: dict[str, Tensor] | None
+    """Name → where the network begins; None without ``known_init``."""
     loss_curve_: list[float]
+    """Loss on the real batch of each iteration."""
     cost_: dict[str, float]
+    """As :class:`~sparing.condensation.images.ImageCondenser` has it."""
 
     def __init__(
         self,
