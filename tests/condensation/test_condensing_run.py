@@ -15,7 +15,7 @@ from sparing.condensation.callbacks import Callbacks
 def test_a_bar_on_a_terminal_and_nothing_elsewhere(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "BAR_AFTER_S", 0.0)
+    monkeypatch.setattr("sparing.core.bar.AFTER_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "xterm")
     tensor = torch.zeros(1, requires_grad=True)

@@ -269,7 +269,7 @@ def test_a_bar_on_a_terminal(data: Splits, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     fit(network(), PointTask(), data.train, data.val, QUICK)
     assert capsys.readouterr().err == ""  # too short for one
-    monkeypatch.setattr("sparing.core.training.loop.BAR_AFTER_S", -1.0)
+    monkeypatch.setattr("sparing.core.bar.AFTER_S", -1.0)
     with_bar = fit(network(), PointTask(), data.train, data.val, QUICK)
     assert "epoch 1/2, loss" in capsys.readouterr().err
     assert_same(without, with_bar)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sparing.adaptive.block_distillation import images_of
 from sparing.adaptive.descendants import BlockZoo
 from sparing.adaptive.lego import LegoModel
-from sparing.adaptive.lego_runtime import in_turns
 from sparing.adaptive.scaling import Profile
+from sparing.core.clock import in_turns
 from sparing.core.errors import DataError, InvalidValue, shown
 
 ORIGINAL = -1

@@ -233,7 +233,7 @@ class BlockScaling(Step):
 
     def _timed(self, job: Job, predictor: LegoPredictor) -> dict[str, Any]:
         """The profile with the times of this machine, and what the selection does in truth."""
-        from sparing.adaptive.lego_runtime import in_turns
+        from sparing.core.clock import in_turns
         from sparing.core.predictor.tree import to_numpy
 
         inputs = [to_numpy(value) for value in job.task.example_input(1)]
@@ -287,7 +287,7 @@ class BlockScaling(Step):
         job.notes.remarks.append(
             f"{sizes} sizes of each block; losses are measured on {min(self.samples, len(job.val))} validation samples"
         )
-        for name, value, unit, how, good in (
+        figures: list[tuple[str, Any, str, Any, Any]] = [
             ("blocks", blocks, "", "derived", ""),
             ("selections", predictor.options, "", "derived", "higher"),
             ("selection bytes", selection.est_bytes, "B", "derived", "lower"),
@@ -299,8 +299,9 @@ class BlockScaling(Step):
             ("latency, estimated", selection.est_latency * 1000, "ms", "est", "lower"),
             ("latency, measured", timed["seconds"] * 1000, "ms", "measured", "lower"),
             ("limits raised", "yes" if selection.relaxed else "no", "", "derived", ""),
-        ):
-            job.record(name, value, unit, how, good)  # type: ignore[arg-type]
+        ]
+        for name, value, unit, how, good in figures:
+            job.record(name, value, unit, how, good)
 
 
 def _score(task: Task, predictor: LegoPredictor, dataset: Any) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -23,6 +21,7 @@ from sparing.adaptive.policies import (
     Walk,
     policy_from,
 )
+from sparing.core.clock import in_turns
 from sparing.core.errors import CorruptFile, IncompatibleStep, InvalidValue
 from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.folder import nest, unnest
@@ -281,16 +280,20 @@ def staged(
 
 
 def timed(predictor: EarlyExitPredictor, example: tuple[Any, ...], runs: int = 100) -> CostModel:
-    """Seconds of each stage, and of each exit with the decision about its logits: medians of ``runs``.
+    """Seconds of each stage, and of each exit with the decision about its logits: means of the middle half of ``runs``.
 
     ``predictor`` has all exits; ``example`` is one sample, for latencies of one alone.
     """
+
+    def seconds(call: Callable[[], Any]) -> float:
+        return float(in_turns([call], runs, warmup=1)[0])
+
     stages: list[float] = []
     exits: list[float] = []
     forecast = PredictiveExitPolicy(1, ExitPredictor(ConfidenceRule.softmax(0.999999)))
     values = list(predictor.stages[0].feeds(*example).values())
     for number, stage in enumerate(predictor.stages):
-        stages.append(_median_seconds(functools.partial(_run, stage, values), runs))
+        stages.append(seconds(functools.partial(_run, stage, values)))
         values = _run(stage, values)
         if number < predictor.cost.exits:
             walk = forecast.walk(1, predictor.cost.exits)
@@ -298,18 +301,8 @@ def timed(predictor: EarlyExitPredictor, example: tuple[Any, ...], runs: int = 1
             def decide(number: int = number, values: list[np.ndarray] = values, walk: Walk = walk) -> None:
                 walk.observe(number, ALONE, _run(predictor.exits[number], values[:1])[0])
 
-            exits.append(_median_seconds(decide, runs))
+            exits.append(seconds(decide))
     return CostModel(tuple(stages), tuple(exits))
-
-
-def _median_seconds(call: Callable[[], Any], runs: int) -> float:
-    call()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def quantised(

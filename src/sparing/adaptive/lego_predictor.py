@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from sparing.adaptive.lego_runtime import Layout, ScaledNetwork, in_turns
+from sparing.adaptive.lego_runtime import Layout, ScaledNetwork
 from sparing.adaptive.scaling import Profile
+from sparing.core.clock import in_turns
 from sparing.core.errors import CorruptFile, InvalidValue, shown
 from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.tree import to_numpy
@@ -229,7 +230,7 @@ class LegoPredictor(ScaledNetwork, Predictor):
         """Time every descendant on this machine, in this runtime, and go by that from now on.
 
         ``inputs`` is usually one sample. Seconds of ``runs`` calls after ``warmup`` of them (:func:`in_turns
-        <sparing.adaptive.lego_runtime.in_turns>`), for the descendants of each block on what the original network feeds
+        <sparing.core.clock.in_turns>`), for the descendants of each block on what the original network feeds
         it, and for the original network.
         """
         if runs < 1 or warmup < 0:

@@ -242,22 +242,6 @@ class ScaledNetwork(ABC):
         return self.profile
 
 
-def in_turns(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
-    """Seconds of each call, mean over the middle half of its ``runs``.
-
-    The calls take turns, so that what else the machine does meets all of them alike; an interruption does not count.
-    """
-    taken = np.zeros((runs, len(calls)))
-    for number in range(-warmup, runs):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if number >= 0:
-                taken[number, i] = time.perf_counter() - start
-    taken.sort(axis=0)
-    return taken[runs // 4 : runs - runs // 4].mean(axis=0)
-
-
 # --- several networks ------------------------------------------------------------------------------------------------
 
 
@@ -352,4 +336,4 @@ class LegoRuntime:
         )
 
 
-__all__ = ["Adaptation", "Budget", "Layout", "LegoRuntime", "Options", "Piece", "ScaledNetwork", "in_turns"]
+__all__ = ["Adaptation", "Budget", "Layout", "LegoRuntime", "Options", "Piece", "ScaledNetwork"]

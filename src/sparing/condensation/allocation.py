@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparing.core.errors import InvalidValue
+from sparing.models.convnet import whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def allocate_labels(
     if (per_class is None) == (rate is None):
         raise InvalidValue(f"per_class = {per_class}, rate = {rate}; one of the two is expected")
     if per_class is not None:
-        check_whole(per_class=per_class)
+        whole("allocate_labels", per_class=per_class)
         order, sizes = list(range(len(counts))), [per_class] * len(counts)
     else:
         assert rate is not None
@@ -73,13 +74,6 @@ def rows_for_all(allocation: LabelAllocation) -> LabelAllocation:
     return allocation
 
 
-def check_whole(at_least: int = 1, **values: Any) -> None:
-    """:class:`InvalidValue` for the first that is no whole number of ``at_least`` or more."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise InvalidValue(f"{name} = {value!r}; a whole number of at least {at_least} is expected")
-
-
 def check_positive(zero: bool = False, **values: Any) -> None:
     """:class:`InvalidValue` for the first that is no finite number above 0, or from 0 on if ``zero``."""
     for name, value in values.items():
@@ -92,3 +86,21 @@ def check_rate(rate: Any) -> None:
     """:class:`InvalidValue` for what is no number in (0, 1]."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
         raise InvalidValue(f"rate = {rate!r}; 0 < rate ≤ 1 is expected")
+
+
+def check_size(condenser: str, n_per_class: Any, rate: Any) -> None:
+    """:class:`InvalidValue` unless at most one of the two is given, and in range."""
+    if n_per_class is not None and rate is not None:
+        raise InvalidValue(f"n_per_class = {n_per_class} and rate = {rate}; at most one is expected")
+    if n_per_class is not None:
+        whole(condenser, n_per_class=n_per_class)
+    if rate is not None:
+        check_rate(rate)
+
+
+def check_annealing(condenser: str, start: Any, end: Any, steps: Any) -> None:
+    """:class:`InvalidValue` for what is no schedule of falling temperatures."""
+    whole(condenser, anneal_steps=steps)
+    check_positive(temperature_start=start, temperature_end=end)
+    if end > start:
+        raise InvalidValue(f"temperature_end = {end} is above temperature_start = {start}")

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sparing.condensation.allocation import check_positive, check_whole
+from sparing.condensation.allocation import check_positive
 from sparing.condensation.evaluation import ArchitectureScore
 from sparing.condensation.graphs import graph_loss
 from sparing.core.errors import InvalidValue, TrainingDiverged
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.data.graphs import PackedGraphs
+from sparing.models.convnet import whole
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -94,7 +95,7 @@ def train_on_graphs(
         InvalidValue: arguments outside what is allowed, or graphs that cannot be packed.
         TrainingDiverged: a loss that is not finite.
     """
-    check_whole(epochs=epochs, batch_size=batch_size)
+    whole("train_on_graphs", epochs=epochs, batch_size=batch_size)
     check_positive(lr=lr)
     packed = PackedGraphs.of(train)
     val = None if val is None else PackedGraphs.of(val)
@@ -250,7 +251,7 @@ def train_on_node_graph(
         InvalidValue: arguments outside what is allowed.
         TrainingDiverged: a loss that is not finite.
     """
-    check_whole(epochs=epochs, validate_every=validate_every)
+    whole("train_on_node_graph", epochs=epochs, validate_every=validate_every)
     check_positive(lr=lr)
     check_positive(True, weight_decay=weight_decay)
     mask = train.get("train_mask")

@@ -21,9 +21,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from sparing.condensation.allocation import (
     LabelAllocation,
     allocate_labels,
+    check_annealing,
     check_positive,
-    check_rate,
-    check_whole,
+    check_size,
     rows_for_all,
 )
 from sparing.condensation.callbacks import Callbacks
@@ -32,6 +32,7 @@ from sparing.condensation.run import Run
 from sparing.core.errors import InvalidValue
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.data.graphs import PackedGraphs, class_counts, graph_data
+from sparing.models.convnet import whole
 from sparing.models.gnn import GraphClassifier, normalised_adjacency
 
 if TYPE_CHECKING:
@@ -327,14 +328,10 @@ class GraphSetCondenser:
     """Iterations between two states that are kept, where :meth:`fit` is given a keeper."""
 
     def __post_init__(self) -> None:
-        if self.n_per_class is not None and self.rate is not None:
-            raise InvalidValue(f"n_per_class = {self.n_per_class} and rate = {self.rate}; at most one is expected")
-        if self.n_per_class is not None:
-            check_whole(n_per_class=self.n_per_class)
-        if self.rate is not None:
-            check_rate(self.rate)
+        check_size("GraphSetCondenser", self.n_per_class, self.rate)
+        check_annealing("GraphSetCondenser", self.temperature_start, self.temperature_end, self.anneal_steps)
         if self.n_nodes != "mean":
-            check_whole(2, n_nodes=self.n_nodes)
+            whole("GraphSetCondenser", 2, n_nodes=self.n_nodes)
         choices = {
             "init": ("real", "noise"),
             "oversize": ("raise", "truncate"),
@@ -344,30 +341,24 @@ class GraphSetCondenser:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidValue(f"{name} = {getattr(self, name)!r}; one of {', '.join(allowed)} is expected")
-        check_whole(
+        whole(
+            "GraphSetCondenser",
             outer_steps=self.outer_steps,
             max_iter=self.max_iter,
             batch_real=self.batch_real,
-            anneal_steps=self.anneal_steps,
             checkpoint_every=self.checkpoint_every,
         )
-        check_whole(0, inner_steps=self.inner_steps, random_state=self.random_state)
+        whole("GraphSetCondenser", 0, inner_steps=self.inner_steps, random_state=self.random_state)
         check_positive(
             lr_adj=self.lr_adj,
             lr_feat=self.lr_feat,
             inner_lr=self.inner_lr,
-            temperature_start=self.temperature_start,
-            temperature_end=self.temperature_end,
         )
         check_positive(True, beta=self.beta, bound_weight=self.bound_weight)
         if self.sparsity is not None:
             check_positive(True, sparsity=self.sparsity)
         if not 0 < self.lr_drop_at <= 1:
             raise InvalidValue(f"lr_drop_at = {self.lr_drop_at!r}; 0 < lr_drop_at ≤ 1 is expected")
-        if self.temperature_end > self.temperature_start:
-            raise InvalidValue(
-                f"temperature_end = {self.temperature_end} is above temperature_start = {self.temperature_start}"
-            )
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as plain JSON, without the network and the callbacks."""
@@ -456,8 +447,8 @@ class GraphSetCondenser:
 
     def sample(self, k: int = 1, random_state: int = 0) -> list[Data]:
         """``k`` draws of each synthetic graph from its edge probabilities: graphs 0…n − 1, then again, k · n in all."""
-        check_whole(k=k)
-        check_whole(0, random_state=random_state)
+        whole("GraphSetCondenser.sample", k=k)
+        whole("GraphSetCondenser.sample", 0, random_state=random_state)
         draws = torch.Generator().manual_seed(derive_seed(random_state, "graphs", "sample"))
         found = []
         for _ in range(k):

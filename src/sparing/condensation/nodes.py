@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy, linear, one_hot, relu
 from sparing.condensation.allocation import (
     LabelAllocation,
     allocate_labels,
+    check_annealing,
     check_positive,
-    check_rate,
-    check_whole,
+    check_size,
     rows_for_all,
 )
 from sparing.condensation.callbacks import Callbacks
@@ -41,6 +41,7 @@ from sparing.condensation.run import Run
 from sparing.core.errors import InvalidValue, shown
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.data.graphs import class_counts, graph_data
+from sparing.models.convnet import whole
 from sparing.models.gnn import AdjacencyGCN, AdjacencySGC, normalised_adjacency, normalised_sparse
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class PairwiseGenerator(nn.Module):
 
     def __init__(self, in_features: int, hidden: int = 128, edge_bias: float | None = EDGE_BIAS) -> None:
         super().__init__()
-        check_whole(in_features=in_features, hidden=hidden)
+        whole("PairwiseGenerator", in_features=in_features, hidden=hidden)
         self.in_features = in_features
         widths = [2 * in_features, hidden, hidden, 1]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
@@ -223,12 +224,8 @@ class NodeCondenser:
     """Iterations between two states that are kept, where :meth:`fit` is given a keeper."""
 
     def __post_init__(self) -> None:
-        if self.n_per_class is not None and self.rate is not None:
-            raise InvalidValue(f"n_per_class = {self.n_per_class} and rate = {self.rate}; at most one is expected")
-        if self.n_per_class is not None:
-            check_whole(n_per_class=self.n_per_class)
-        if self.rate is not None:
-            check_rate(self.rate)
+        check_size("NodeCondenser", self.n_per_class, self.rate)
+        check_annealing("NodeCondenser", self.temperature_start, self.temperature_end, self.anneal_steps)
         for name, allowed in {
             "structure": ("generator", "bernoulli", "identity"),
             "distance": METRICS,
@@ -237,28 +234,22 @@ class NodeCondenser:
             value = getattr(self, name)
             if value not in allowed and not (name == "network" and callable(value)):
                 raise InvalidValue(f"{name} = {value!r}; one of {', '.join(allowed)} is expected")
-        check_whole(
+        whole(
+            "NodeCondenser",
             hidden=self.hidden,
             generator_hidden=self.generator_hidden,
             outer_steps=self.outer_steps,
             max_iter=self.max_iter,
             batch_real=self.batch_real,
-            anneal_steps=self.anneal_steps,
             checkpoint_every=self.checkpoint_every,
         )
-        check_whole(0, inner_steps=self.inner_steps, random_state=self.random_state)
+        whole("NodeCondenser", 0, inner_steps=self.inner_steps, random_state=self.random_state)
         check_positive(
             inner_lr=self.inner_lr,
             lr_adj=self.lr_adj,
             lr_feat=self.lr_feat,
-            temperature_start=self.temperature_start,
-            temperature_end=self.temperature_end,
         )
         check_positive(True, smoothness_weight=self.smoothness_weight)
-        if self.temperature_end > self.temperature_start:
-            raise InvalidValue(
-                f"temperature_end = {self.temperature_end} is above temperature_start = {self.temperature_start}"
-            )
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters as plain JSON, without callbacks; of a network of one's own only that it is one."""

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from sparing.condensation.callbacks import Callbacks
+from sparing.core.bar import Bar
 from sparing.core.errors import InvalidValue, TrainingDiverged
 from sparing.core.probe import peak_mib
 from sparing.core.store import cpu_seconds
 
 if TYPE_CHECKING:
     from sparing.core.training.fit import Keeper
-
-BAR_AFTER_S = 2.0
 
 
 class Run:
@@ -64,8 +63,7 @@ class Run:
             callbacks.load(state["callbacks"])
             self.losses, spent = list(state["losses"]), tuple(state["spent"])
         self._since = (time.perf_counter() - spent[0], cpu_seconds() - spent[1])
-        self._bar: Any = None
-        self._start, self._drawn = time.monotonic(), 0.0
+        self._bar = Bar()
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +71,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def left(self) -> Iterator[int]:
         """The numbers of the iterations that are still to be done."""
@@ -101,7 +98,8 @@ class Run:
                     "spent": list(self.spent()),
                 }
             )
-        self._draw(loss)
+        if self._bar.due and sys.stderr.isatty():
+            self._bar.draw(len(self.losses), self.iterations, f"condensing, loss {loss:.4g}")
 
     def spent(self) -> tuple[float, float]:
         """(wall, CPU) seconds of this attempt, and of those before it up to their last state."""
@@ -117,18 +115,3 @@ class Run:
             "bytes_before": float(sum(tensor.nbytes for tensor in before)),
             "bytes_after": float(sum(tensor.nbytes for tensor in after)),
         }
-
-    def _draw(self, loss: float) -> None:
-        """The bar, at most five times a second."""
-        now = time.monotonic()
-        if now - self._start < BAR_AFTER_S or now - self._drawn < 0.2 or not sys.stderr.isatty():
-            return
-        self._drawn = now
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self.iterations)
-        self._bar.update(self._task, completed=len(self.losses), description=f"condensing, loss {loss:.4g}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,22 @@ def clock(
         if collecting:
             gc.enable()
     return {name: _timing(part, precision, disturbed) for name, part in blocks.items()}
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], runs: int, warmup: int) -> np.ndarray:
+    """Seconds of each call, mean over the middle half of its ``runs``.
+
+    The calls take turns, so that what else the machine does meets all of them alike; an interruption does not count.
+    """
+    taken = np.zeros((runs, len(calls)))
+    for number in range(-warmup, runs):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if number >= 0:
+                taken[number, i] = time.perf_counter() - start
+    taken.sort(axis=0)
+    return taken[runs // 4 : runs - runs // 4].mean(axis=0)
 
 
 def _warm_up(call: Callable[[], Any]) -> int:

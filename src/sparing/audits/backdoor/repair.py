@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -132,8 +133,9 @@ class _Repair(Defence):
     threshold: float
     allowed_drop: float
 
+    @abstractmethod
     def repaired(self, subject: Subject, clean: Images, generator: torch.Generator) -> tuple[nn.Module, dict[str, Any]]:
-        raise NotImplementedError
+        """A mended copy of the subject's network, and what was done."""
 
     def judge(self, subject: Subject) -> Finding:
         clean, judged = subject.halves()

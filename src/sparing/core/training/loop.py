@@ -35,6 +35,7 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from sparing.core import errors
+from sparing.core.bar import Bar
 from sparing.core.collation import batches_of
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, SparingError, TrainingDiverged
 from sparing.core.predictor import ModulePredictor, Predictor
@@ -52,7 +53,6 @@ RESUME = "sparing:progress"
 """The checkpoint "path" that stands for the keeper instead of a file."""
 POINTS = 100
 """Points of the training loss curve, about."""
-BAR_AFTER_S = 2.0
 SAVING_SHARE = 0.05
 """Saving may take this share of the time."""
 SMALL_BUFFER = 1 << 16
@@ -632,42 +632,25 @@ def plain(value: Any, place: str = "") -> Any:
     )
 
 
-class Bar(Callback):
-    """A progress bar on a terminal, once the training has taken two seconds."""
+class ProgressBar(Callback):
+    """A :class:`~sparing.core.bar.Bar` of the training."""
 
     def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.drawn = 0.0
-        self.bar: Any = None
+        self.bar = Bar()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Draw, at most five times a second."""
-        now = time.monotonic()
-        if now - self.start < BAR_AFTER_S or now - self.drawn < 0.2 or not trainer.is_global_zero:
-            return
-        self.drawn = now
-        if self.bar is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("", total=pl_module.total_steps)
-        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, loss {pl_module.value:.4g}"
-        self.bar.update(self.task, completed=trainer.global_step, description=text)
+        """Draw."""
+        if self.bar.due and trainer.is_global_zero:
+            text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, loss {pl_module.value:.4g}"
+            self.bar.draw(trainer.global_step, pl_module.total_steps, text)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Take it away."""
-        self._stop()
+        self.bar.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Take it away."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        self.bar.stop()
 
 
 @contextmanager
@@ -814,7 +797,7 @@ def make_trainer(
     """The Lightning trainer of one training."""
     every: list[Any] = [Conductor(), *(make() for make in plan.callbacks), *callbacks]
     if sys.stderr.isatty():
-        every.append(Bar())
+        every.append(ProgressBar())
     every.append(Saver(settings.checkpoint_every_s, settings.checkpoint_every_batches) if io.keeper else Checkpoint())
     if settings.logger == "csv":
         from lightning.pytorch.loggers import CSVLogger
