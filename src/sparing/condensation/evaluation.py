@@ -20,6 +20,9 @@ from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.statistics import t_interval
 from sparing.models.convnet import whole
 
+Factories = Mapping[str, Callable[[], nn.Module]]
+"""Name of a kind → makes a fresh network of it."""
+
 
 @dataclass(frozen=True)
 class ArchitectureScore:
@@ -131,10 +134,45 @@ def embed_images(network: nn.Module, images: Float[Tensor, "n c h w"], batch_siz
     return torch.cat([embeddings(network, part) for part in images.split(batch_size)])
 
 
+def check_kinds(factories: Factories, seeds: Sequence[int], whole_set: Mapping[str, float] | None) -> None:
+    """:class:`InvalidValue` for no kinds or seeds, and for accuracies that are of other kinds or not above 0."""
+    if not factories or not len(seeds):
+        raise InvalidValue(f"{len(factories)} kinds of network and {len(seeds)} seeds; one of each is needed")
+    for name, value in (whole_set or {}).items():
+        if name not in factories or not value > 0:
+            raise InvalidValue(
+                f"whole_set[{name!r}] = {value!r}; positive accuracies of {', '.join(factories)} are expected"
+            )
+
+
+def score_networks(
+    purpose: str,
+    factories: Factories,
+    seeds: Sequence[int],
+    whole_set: Mapping[str, float] | None,
+    train: Callable[[nn.Module, int], object],
+    score: Callable[[nn.Module], float],
+) -> list[ArchitectureScore]:
+    """Networks of each kind, one for each seed, trained by ``train(network, seed)``; ``purpose`` names their draws."""
+    check_kinds(factories, seeds, whole_set)
+    scores = []
+    for name, factory in factories.items():
+        accuracies, seconds = [], 0.0
+        for seed in seeds:
+            with isolated_rng(purpose, seed):
+                network = factory()
+                start = time.perf_counter()
+                train(network, seed)
+                seconds += time.perf_counter() - start
+            accuracies.append(score(network))
+        scores.append(ArchitectureScore(name, tuple(accuracies), seconds, (whole_set or {}).get(name)))
+    return scores
+
+
 def evaluate_condensed(
     train_set: Any,
     test: Any,
-    model_factories: Mapping[str, Callable[[], nn.Module]],
+    model_factories: Factories,
     seeds: Sequence[int] = tuple(range(20)),
     *,
     whole_set: Mapping[str, float] | None = None,
@@ -158,27 +196,16 @@ def evaluate_condensed(
         InvalidValue: what :func:`~sparing.condensation.images.labelled_images` raises; no kinds or seeds; accuracies of
             kinds that are not trained here, or that are not above 0.
     """
-    if not model_factories or not len(seeds):
-        raise InvalidValue(f"{len(model_factories)} kinds of network and {len(seeds)} seeds; one of each is needed")
-    for name, value in (whole_set or {}).items():
-        if name not in model_factories or not value > 0:
-            raise InvalidValue(
-                f"whole_set[{name!r}] = {value!r}; positive accuracies of {', '.join(model_factories)} are expected"
-            )
     images, labels = _pairs(train_set)
-    test_images, test_labels = _pairs(test, every_class=False)
-    scores = []
-    for name, factory in model_factories.items():
-        accuracies, seconds = [], 0.0
-        for seed in seeds:
-            with isolated_rng("evaluating condensed images", seed):
-                network = factory().to(images.device)
-                start = time.perf_counter()
-                train_on_condensed(network, images, labels, seed=seed, **recipe)
-                seconds += time.perf_counter() - start
-            accuracies.append(accuracy(network, test_images.to(images.device), test_labels.to(images.device)))
-        scores.append(ArchitectureScore(name, tuple(accuracies), seconds, (whole_set or {}).get(name)))
-    return scores
+    test_images, test_labels = (part.to(images.device) for part in _pairs(test, every_class=False))
+
+    def train(network: nn.Module, seed: int) -> None:
+        train_on_condensed(network.to(images.device), images, labels, seed=seed, **recipe)
+
+    def score(network: nn.Module) -> float:
+        return accuracy(network, test_images, test_labels)
+
+    return score_networks("evaluating condensed images", model_factories, seeds, whole_set, train, score)
 
 
 def _pairs(given: Any, every_class: bool = True) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparing.condensation.allocation import check_positive
-from sparing.condensation.evaluation import ArchitectureScore
+from sparing.condensation.evaluation import ArchitectureScore, Factories, check_kinds, score_networks
 from sparing.condensation.graphs import graph_loss
 from sparing.core.errors import InvalidValue, TrainingDiverged
 from sparing.core.randomness import derive_seed, isolated_rng
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 EDGE_THRESHOLDS = (0.01, 0.1, 0.5)
-Factories = Mapping[str, Callable[[], nn.Module]]
 
 
 # --- sets of graphs
@@ -148,34 +147,16 @@ def evaluate_condensed_graphs(
     Raises:
         InvalidValue: no kinds or seeds; accuracies of kinds that are not trained here, or not above 0.
     """
-    known = _checked_table(model_factories, seeds, whole_set)
     train, test = PackedGraphs.of(train), PackedGraphs.of(test)
     val = None if val is None else PackedGraphs.of(val)
-    scores = []
-    for name, factory in model_factories.items():
-        accuracies, seconds = [], 0.0
-        for seed in seeds:
-            with isolated_rng("evaluating condensed graphs", seed):
-                network = factory().to(train.x.device)
-                start = time.perf_counter()
-                train_on_graphs(network, train, val, seed=seed, **recipe)
-                seconds += time.perf_counter() - start
-            accuracies.append(graph_accuracy(network, test))
-        scores.append(ArchitectureScore(name, tuple(accuracies), seconds, known.get(name)))
-    return scores
 
+    def fit(network: nn.Module, seed: int) -> None:
+        train_on_graphs(network.to(train.x.device), train, val, seed=seed, **recipe)
 
-def _checked_table(
-    factories: Factories, seeds: Sequence[int], whole_set: Mapping[str, float] | None
-) -> Mapping[str, float]:
-    if not factories or not len(seeds):
-        raise InvalidValue(f"{len(factories)} kinds of network and {len(seeds)} seeds; one of each is needed")
-    for name, value in (whole_set or {}).items():
-        if name not in factories or not value > 0:
-            raise InvalidValue(
-                f"whole_set[{name!r}] = {value!r}; positive accuracies of {', '.join(factories)} are expected"
-            )
-    return whole_set or {}
+    def score(network: nn.Module) -> float:
+        return graph_accuracy(network, test)
+
+    return score_networks("evaluating condensed graphs", model_factories, seeds, whole_set, fit, score)
 
 
 # --- nodes of one graph
@@ -307,7 +288,8 @@ def evaluate_condensed_nodes(
     Raises:
         InvalidValue: no kinds, seeds or cuts; accuracies of kinds that are not trained here, or not above 0.
     """
-    known = _checked_table(model_factories, seeds, whole_set)
+    check_kinds(model_factories, seeds, whole_set)
+    known = whole_set or {}
     if not len(edge_thresholds):
         raise InvalidValue("edge_thresholds is empty; at least one is needed")
     cuts: dict[int, float] = {}

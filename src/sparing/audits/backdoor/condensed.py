@@ -39,7 +39,7 @@ class Residuals:
     map: Float[Tensor, "k rows columns"]
     """d_c: residual over windows, less the median over classes."""
     statistic: Float[np.ndarray, " k"]
-    """T_c: largest |d_c| in units of its median deviation."""
+    """T_c: largest magnitude of d_c in units of its median deviation."""
     places: tuple[tuple[int, int], ...]
     """Row and column of the window where that is."""
 
@@ -47,8 +47,8 @@ class Residuals:
 def residual_statistics(residual: Float[Tensor, "k c h w"], window: int) -> Residuals:
     """Standardised differences of the classes' mean images → T_c, the most prominent window of each class.
 
-    r_c averaged over channels and ``window`` x ``window`` pixels, d_c = r_c - median over classes, T_c = max |d_c| /
-    (1.4826 · median |d_c - median d_c|); NaN where d_c does not vary.
+    r_c averaged over channels and ``window`` x ``window`` pixels, d_c = r_c - median over classes, T_c = max abs(d_c) /
+    (1.4826 · median abs(d_c - median d_c)); NaN where d_c does not vary.
     """
     height, width = residual.shape[2:]
     if not 1 <= window <= min(height, width):

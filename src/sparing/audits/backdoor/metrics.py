@@ -99,7 +99,7 @@ class Outliers:
     deviation: float
     """1.4826 x the median absolute deviation from the median."""
     index: np.ndarray
-    """|value - median| / deviation; NaN for values that were left out."""
+    """abs(value - median) / deviation; NaN for values that were left out."""
     flagged: tuple[int, ...]
     """Places of the outliers on the side that was asked for."""
 

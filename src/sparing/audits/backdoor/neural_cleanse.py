@@ -56,7 +56,7 @@ def cleanse_loss(
     weight: float,
     pixels: PixelSpace,
 ) -> CleanseLoss:
-    """CE(f(x'), target), mean over the images, + ``weight`` · ||mask||₁ (section IV-B there)."""
+    """CE(f(x'), target), mean over the images, + ``weight`` · the L1 norm of the mask (section IV-B there)."""
     logits = model(blended(x, raw_mask, raw_pattern, pixels))
     entropy = cross_entropy(logits, torch.full((len(x),), target, device=x.device))
     size = squash(raw_mask).sum()
@@ -148,7 +148,7 @@ class NeuralCleanse(Defence):
     Args:
         epochs: over the hold-out, for each class.
         batch: images a step.
-        threshold: anomaly index, |L1 - median| / (1.4826 · median deviation), above which a small mask is flagged.
+        threshold: anomaly index, abs(L1 - median) / (1.4826 · median deviation), above which a small mask is flagged.
     """
 
     name, level = "neural_cleanse", "model"

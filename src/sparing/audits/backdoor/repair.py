@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fine_tune(model: nn.Module, images: Images, loss: Loss, epochs: int, generator: torch.Generator) -> None:
-    """Train ``model`` in place by SGD (rate 0.01, momentum 0.9, batches of 64) on ``loss``(images, labels)."""
+    """Train ``model`` in place by SGD (rate 0.01, momentum 0.9, batches of 64) on ``loss(images, labels)``."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
     model.train()
@@ -88,7 +88,7 @@ def prune_channels(model: nn.Module, images: Images, drop: float = 0.04) -> tupl
 
 
 def attention_map(features: Float[Tensor, "n c h w"]) -> Float[Tensor, "n places"]:
-    """Sum over channels of |A|², flattened, of length 1 (Li et al., ICLR 2021, equations 1 and 2)."""
+    """Sum over channels of A², flattened, of length 1 (Li et al., ICLR 2021, equations 1 and 2)."""
     return normalize(features.square().sum(dim=1).flatten(1), dim=1)
 
 

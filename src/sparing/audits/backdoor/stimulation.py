@@ -48,7 +48,10 @@ def reverse_unit(
     weight: float,
     generator: torch.Generator,
 ) -> Reversed:
-    """Mask and pattern that raise one unit: loss = -mean activation + ``weight`` · ||mask||₁. Success is left at 0."""
+    """Mask and pattern that raise one unit: loss = -mean activation + ``weight`` · the L1 norm of the mask.
+
+    Success is left at 0.
+    """
     _, channels, height, width = x.shape
     raw_mask, raw_pattern = (
         (START_SPREAD * torch.randn(1, depth, height, width, generator=generator)).to(x.device).requires_grad_()
