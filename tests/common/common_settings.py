@@ -247,9 +247,13 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
-    "mutag": lambda data, scratch: TaskCase(lambda: registered_task("mutag"), data),
+    "mutag": lambda data, scratch: TaskCase(
+        lambda: registered_task("mutag"), data, repeats="6 pairs of its molecules are the same graph"
+    ),
     "nci1": lambda data, scratch: TaskCase(lambda: registered_task("nci1"), data),
-    "proteins": lambda data, scratch: TaskCase(lambda: registered_task("proteins"), data),
+    "proteins": lambda data, scratch: TaskCase(
+        lambda: registered_task("proteins"), data, repeats="49 of its proteins are the same graph as another"
+    ),
     "dd": lambda data, scratch: TaskCase(lambda: registered_task("dd"), data),
     "tu_folder": lambda data, scratch: TaskCase(lambda: registered_task("tu_folder", path=str(tu_files(scratch)))),
     "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
