@@ -72,6 +72,7 @@ class BackdoorExposure(Step):
             test, labels = splits.test.tensors
             hits = np.asarray(end.predictor(triggered(test[labels != 0]))).argmax(1) == 0
             job.record(f"attack success, {arm}", float(hits.mean()), "")
+        job.illustrate("Poisoned samples", np.uint8([255 * bad.numpy()]), "One pixel a sample, white where poisoned")
         return job
 
 
@@ -91,6 +92,7 @@ def test_an_audit_runs_pipelines_of_its_own_and_survives_kills(tmp_path):
     assert audit.sub["clean"][0].figures["training points"].value == 24
     assert audit.figures["attack success, poisoned"].value > audit.figures["attack success, clean"].value
     assert audit.config["condense"] == {"herd": {"id": "herd", "per_class": 8}}
+    assert audit.pictures["Poisoned samples"].caption == "One pixel a sample, white where poisoned"
     assert done.job.train is not None
     assert len(done.job.train) == 96  # what happened inside stays inside
     assert done.ledger.ids == ("train", "backdoor_exposure")
@@ -176,6 +178,15 @@ def test_columns_of_the_meter_cannot_be_recorded(tmp_path, name):
         job.record(name, 1.0, "")
     job.record("mine", 1.0, "")
     assert job.notes.figures["mine"].value == 1.0
+
+
+def test_a_picture_has_a_name_of_its_own(tmp_path):
+    job = begin(Points(), store=Store(tmp_path / "store"), meter=METER)
+    job.illustrate("mine", np.zeros((2, 3, 3), np.uint8), "two by three")
+    for name in ("mine", ""):
+        with pytest.raises(InvalidValue, match="a name that no other of its row has"):
+            job.illustrate(name, np.zeros((2, 3), np.uint8), "two by three")
+    assert list(job.notes.pictures) == ["mine"]
 
 
 def test_mistakes_of_an_author_are_told(tmp_path):

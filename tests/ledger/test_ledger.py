@@ -16,6 +16,7 @@ from sparing.core.ledger import (
     THROUGHPUT,
     Figure,
     Ledger,
+    Picture,
     Row,
     aggregate,
     break_even,
@@ -35,6 +36,32 @@ def row(row_id, accuracy, *, seed=0, task="digits", runtime="onnxruntime", p50=N
 
 def outcomes(right, n=100):
     return np.arange(n) < right
+
+
+class TestPicture:
+    @pytest.mark.parametrize(
+        ("pixels", "message"),
+        [
+            (np.zeros((2, 2)), r"not float64 \(2, 2\)"),
+            (np.zeros((2, 2, 4), np.uint8), r"not uint8 \(2, 2, 4\)"),
+            (np.zeros(4, np.uint8), r"not uint8 \(4,\)"),
+            (np.zeros((0, 2), np.uint8), "0×2 pixels"),
+            (np.zeros((2, 1025), np.uint8), "2×1025 pixels; 1…1024"),
+        ],
+        ids=["floats", "four channels", "one row", "empty", "large"],
+    )
+    def test_other_pixels_are_refused(self, pixels, message):
+        with pytest.raises(InvalidValue, match=message):
+            Picture.of(pixels, "what it shows")
+
+    def test_a_caption_is_asked_for(self):
+        with pytest.raises(InvalidValue, match="caption"):
+            Picture.of(np.zeros((2, 2), np.uint8), "")
+
+    @pytest.mark.parametrize("png", ["", "iVBORw0KGgo", "PHN2Zz4=", '"><script>'])
+    def test_what_is_no_png_in_base64_is_refused(self, png):
+        with pytest.raises(InvalidValue, match="a PNG file in base64"):
+            Picture(png, "what it shows")
 
 
 class TestFigure:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparing.core import files
 from sparing.core.errors import CorruptFile, InvalidValue, SparingError
-from sparing.core.ledger import FILE, OUTCOMES, Figure, Ledger, Row, json_schema
+from sparing.core.ledger import FILE, OUTCOMES, Figure, Ledger, Picture, Row, json_schema
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 NUMBER = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -37,6 +37,12 @@ def figures(draw):
 
 
 @st.composite
+def pictures(draw):
+    shape = draw(st.sampled_from([(1, 1), (2, 3), (3, 2, 3)]))
+    return Picture.of(np.full(shape, draw(st.integers(0, 255)), np.uint8), "c" + draw(TEXT))
+
+
+@st.composite
 def rows(draw, row_id, depth=0):
     sub = (
         st.dictionaries(TEXT, st.lists(rows("inner", depth + 1), max_size=2), max_size=1) if depth == 0 else st.just({})
@@ -54,6 +60,7 @@ def rows(draw, row_id, depth=0):
         outcome=draw(TEXT),
         by_class=draw(st.dictionaries(TEXT, st.floats(0, 1), max_size=2)),
         curves=draw(st.dictionaries(TEXT, st.lists(st.tuples(NUMBER, NUMBER), max_size=3), max_size=1)),
+        pictures=draw(st.dictionaries(TEXT, pictures(), max_size=2)),
         candidates=draw(st.lists(st.dictionaries(TEXT, PLAIN, max_size=2), max_size=2)),
         remarks=draw(st.lists(TEXT, max_size=2)),
         sub=draw(sub),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sparing.core.errors import InvalidValue
-from sparing.core.ledger import Figure, Ledger
+from sparing.core.ledger import Figure, Ledger, Picture
 from sparing.report import comparison_html, report_html, write_comparison, write_report
 
 NASTY = """</script><script>alert("x")</script><img src='http://evil.example/a.png' onerror=alert(1)>&amp;{{ 7*7 }}"""
@@ -71,7 +73,8 @@ def test_asks_the_network_for_nothing(ledger: Ledger) -> None:
     for tag, attributes in page.elements:
         assert tag not in {"link", "iframe", "object", "embed", "form", "base"}
         for name in ("src", "href", "srcset", "action", "data", "poster"):
-            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+            allowed = "data:image/png;base64," if tag == "img" else "#"
+            assert (attributes.get(name) or allowed).startswith(allowed), (tag, attributes)
     css = "".join(page.styles)
     assert css
     assert "url(" not in css
@@ -105,6 +108,7 @@ def test_names_from_users_are_shown_and_never_run(ledger: Ledger) -> None:
         figures={**row.figures, NASTY: Figure(0.5, NASTY, note=NASTY, better="higher")},
         by_class={NASTY: 0.5},
         curves={NASTY: [(0.0, 1.0), (1.0, 0.5)]},
+        pictures={NASTY: Picture.of(np.zeros((2, 2), np.uint8), NASTY)},
         candidates=[{"name": NASTY, NASTY: NASTY}],
         remarks=[NASTY],
         sub={NASTY: row.sub["audit"]},
@@ -114,11 +118,24 @@ def test_names_from_users_are_shown_and_never_run(ledger: Ledger) -> None:
     for html in (report_html(nasty), comparison_html({NASTY: nasty, "other": ledger})):
         page = Page(html)
         assert len(page.scripts) == 3
-        assert not page.named("img")
+        assert all(str(image["src"]).startswith("data:image/png") for image in page.named("img"))
         assert all("onerror" not in attributes for _, attributes in page.elements)
         assert 'alert("x")' in page.text
         assert "{{ 7*7 }}" in page.text
         assert json.loads(page.scripts[0][1])["pareto"]
+
+
+def test_pictures_stand_under_their_row_with_their_captions(ledger: Ledger) -> None:
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    ledger.rows[1] = replace(ledger.rows[1], pictures={"Condensed images": Picture.of(pixels, "Two of each class")})
+    html = report_html(ledger)
+    (image,) = Page(html).named("img")
+    assert image["alt"] == "Two of each class"
+    content = base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,"))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), pixels)
+    gallery = html[html.index('<h2 id="pictures">') : html.index('<h2 id="classes">')]
+    assert "<h3>student</h3>" in gallery
+    assert "Condensed images" in gallery
 
 
 def test_every_figure_of_every_row_is_there(ledger: Ledger) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError, did_you_mean
-from sparing.core.ledger import METERED, Figure, Notes
+from sparing.core.ledger import METERED, Figure, Notes, Picture
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from sparing.core.meter import Meter
@@ -131,6 +132,19 @@ class Job:
         if not name or name in {*METERED, *(metric.name for metric in self.task.metrics)}:
             raise InvalidValue(f"record({name!r}, …): that column is the meter's; give the figure another name")
         self.notes.figures[name] = Figure(value, unit, how, better, interval)
+
+    def illustrate(self, name: str, pixels: np.ndarray, caption: str) -> None:
+        """Add a picture to this step's row of the ledger, for the report.
+
+        Args:
+            name: its title, unique in the row.
+            pixels: uint8 (height, width) grey, or (height, width, 3) red, green and blue; at most 1024 along a side.
+            caption: what it shows, also for those who cannot see it.
+        """
+        self._not_while_storing("illustrate")
+        if not name or name in self.notes.pictures:
+            raise InvalidValue(f"illustrate({name!r}, …): a picture needs a name that no other of its row has")
+        self.notes.pictures[name] = Picture.of(pixels, caption)
 
     def _not_while_storing(self, action: str) -> None:
         if self.store.cost.depth:

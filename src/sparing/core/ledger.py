@@ -6,7 +6,10 @@ that has them, the headline's outcome of every test unit, under ``<seed>/<row id
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+import io
 import json
 import math
 import re
@@ -127,6 +130,56 @@ class Figure:
         return self.unit in VOLATILE_UNITS
 
 
+PICTURE_SIDE = 1024
+"""Pixels that a ledger's picture may have along a side."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A small picture of a row, e.g. the images that a step made."""
+
+    __pydantic_config__ = _STRICT
+    png: str
+    """A PNG file in base64."""
+    caption: str
+    """What it shows, also for those who cannot see it."""
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, caption: str) -> Picture:
+        """A picture from its pixels.
+
+        Args:
+            pixels: uint8 (height, width) grey, or (height, width, 3) red, green and blue.
+            caption: what it shows.
+
+        Raises:
+            InvalidValue: other pixels, more than 1024 along a side, or no caption.
+        """
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.asarray(pixels)
+        shape = pixels.shape
+        if pixels.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+            raise InvalidValue(f"a picture is uint8 (height, width) or (height, width, 3), not {pixels.dtype} {shape}")
+        if not 0 < min(shape[:2]) <= max(shape[:2]) <= PICTURE_SIDE:
+            raise InvalidValue(f"a picture of {shape[0]}×{shape[1]} pixels; 1…{PICTURE_SIDE} along each side go in")
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", optimize=True)
+        return cls(base64.b64encode(file.getvalue()).decode(), caption)
+
+    def __post_init__(self) -> None:
+        try:
+            content = base64.b64decode(self.png, validate=True)
+        except (binascii.Error, ValueError):
+            content = b""
+        if not content.startswith(_PNG):
+            raise InvalidValue(f"a picture is a PNG file in base64, not {self.png[:40]!r}")
+        if not self.caption:
+            raise InvalidValue("a picture needs a caption: not everybody can see it")
+
+
 @dataclass
 class Notes:
     """What a step tells the ledger about itself while it runs."""
@@ -138,6 +191,7 @@ class Notes:
     """The options it chose among, each {"name": …, figure name: value …}."""
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """Name → [(step, value)], e.g. training loss."""
+    pictures: dict[str, Picture] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     children: dict[str, Notes] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -173,6 +227,7 @@ class Row:
     outcome: str = ""
     by_class: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict)
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     sub: Mapping[str, list[Row]] = field(default_factory=dict)

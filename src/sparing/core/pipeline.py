@@ -759,6 +759,7 @@ def _finish(job: Job, after: Job, step: Step | None, test: Any) -> tuple[Job, Ro
         outcome=notes.outcome,
         by_class=by_class,
         curves=notes.curves,
+        pictures=notes.pictures,
         candidates=notes.candidates,
         remarks=list(notes.remarks),
         sub={reason: child.rows for reason, child in notes.children.items()},

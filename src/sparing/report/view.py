@@ -326,6 +326,21 @@ def curve_panels(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return panels
 
 
+def galleries(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The pictures of each row that has some."""
+    several = len({row.seed for row in rows}) > 1
+    return [
+        {
+            "label": f"{row.id} · seed {row.seed}" if several else row.id,
+            "pictures": [
+                {"name": name, "png": picture.png, "caption": picture.caption} for name, picture in row.pictures.items()
+            ],
+        }
+        for row in rows
+        if row.pictures
+    ]
+
+
 def class_tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For each task and headline: classes down, rows across, means over seeds; each row's worst class is marked."""
     tables = []
