@@ -190,6 +190,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
         ),
+        "lenet": Part(
+            "sparing.models.blocknet:LeNet",
+            "LeNet-5 with ReLU and max pooling: two 5×5 convolutions, three linear layers (LeCun et al. 1998).",
+        ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(
             "sparing.models.mobilenet:MobileNet",
@@ -203,6 +207,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
+        ),
+        "vgg11": Part(
+            "sparing.models.blocknet:VGG11",
+            "VGG-11 for small images: eight 3×3 convolutions, five times max pooling, one linear layer.",
         ),
         "vit": Part(
             "sparing.models.vit:ViT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +59,12 @@ def photographs() -> sparing.Task:
     )
 
 
-def small_photos() -> sparing.Task:
+def small_photos(size: int = 16) -> sparing.Task:
     """Colour images of 16×16 pixels: what networks that halve an image four times can work on."""
     draw = torch.Generator().manual_seed(0)
 
     def part(count: int) -> TensorDataset:
-        return TensorDataset(torch.randn(count, 3, 16, 16, generator=draw), torch.arange(count) % 3)
+        return TensorDataset(torch.randn(count, 3, size, size, generator=draw), torch.arange(count) % 3)
 
     return sparing.CustomTask(
         "small photos",
@@ -306,6 +307,8 @@ MODELS = {
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
+    "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
+    "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
     "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
