@@ -192,7 +192,7 @@ def test_missing_arrays_and_no_npz(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no array 'edge_dst'; it holds edge_ptr, edge_src"):
         read_tu(tmp_path / "set.npz")
     (tmp_path / "other.npz").write_bytes(b"PK no npz")
-    with pytest.raises(DataError, match="other.npz is not a valid npz"):
+    with pytest.raises(DataError, match=r"other\.npz is not a valid npz"):
         read_tu(tmp_path / "other.npz")
 
 
