@@ -174,8 +174,8 @@ class GraphClassification(Task):
         import torch
 
         generator = torch.Generator().manual_seed(0)
-        step = max(self.example_nodes // 4, 1)
-        sizes = [self.example_nodes + (0, step, 1 - step)[graph % 3] for graph in range(batch)]
+        size = max(self.example_nodes, 3)
+        sizes = [size + (0, size // 4 + 1, -(size // 4))[graph % 3] for graph in range(batch)]
         node_ptr = torch.tensor([0, *sizes]).cumsum(0)
         pairs = []
         for graph, size in enumerate(sizes):
