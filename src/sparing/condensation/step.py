@@ -173,7 +173,7 @@ class Condense(Step):
                 "condensed", lambda: kind.make(job, real, self._device()).stored(), codec
             )
             made = kind.restored(stored)
-            made = kind.finished(job, made)
+            made = kind.finished(job, made, real)
             cost = {"wall_s": job.store.cost.wall_s, "cpu_s": job.store.cost.cpu_s}
             provenance = {
                 "from": {"task": job.task.name, "data": job.data_key, "samples": len(real.labels)},
