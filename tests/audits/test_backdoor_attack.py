@@ -102,7 +102,7 @@ def test_doorping_moves_between_the_updates_of_dc_and_the_images_follow():
     made.fit(*pictures(60, 0))
     assert attack.trigger.history.updates == 2 * (3 - 1)
     assert not torch.equal(attack.trigger.image, first)
-    rows = attack._images[attack.poisoned]
+    rows = attack._carriers[attack.poisoned]
     assert torch.equal(rows, attack.trigger.apply(rows))
     said = made.provenance_
     assert said["poisoned"] is True

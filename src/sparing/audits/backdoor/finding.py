@@ -41,6 +41,8 @@ class Stamp:
     """Normalised images (N, C, H, W) → copies with the trigger."""
     origin: str
     """"attacker", or the defence that reconstructed it."""
+    parts: tuple[Float[Tensor, "1 h w"], Float[Tensor, "c h w"]] | None = None
+    """Mask and pattern of a reconstructed one, 0 to 1, from which it can be made again."""
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def stamp_of(found: Reversed, pixels: PixelSpace, origin: str) -> Stamp:
         mask, pattern = found.mask.to(x), found.pattern.to(x)
         return pixels.normalise((1 - mask) * pixels.to_unit(x) + mask * pattern)
 
-    return Stamp(found.target, apply, origin)
+    return Stamp(found.target, apply, origin, (found.mask, found.pattern))
 
 
 class NeuralCleanse(Defence):
