@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
     from sparing.compression.shrinking import Shrink, shrink
+    from sparing.condensation.coresets import CoresetSelector
+    from sparing.condensation.graphs import GraphSetCondenser
+    from sparing.condensation.images import ImageCondenser
+    from sparing.condensation.nodes import NodeCondenser
+    from sparing.condensation.saved import load_condensed, save_condensed
+    from sparing.condensation.step import Condense
+    from sparing.condensation.unrolled import UnrolledCondenser
     from sparing.core.cost import cost_report
     from sparing.core.errors import (
         CorruptFile,
@@ -113,6 +120,13 @@ _HOMES = {
     "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
     "sparing.compression.shrinking": ("Shrink", "shrink"),
+    "sparing.condensation.coresets": ("CoresetSelector",),
+    "sparing.condensation.graphs": ("GraphSetCondenser",),
+    "sparing.condensation.images": ("ImageCondenser",),
+    "sparing.condensation.nodes": ("NodeCondenser",),
+    "sparing.condensation.saved": ("load_condensed", "save_condensed"),
+    "sparing.condensation.step": ("Condense",),
+    "sparing.condensation.unrolled": ("UnrolledCondenser",),
     "sparing.core.cost": ("cost_report",),
     "sparing.core.errors": (
         "CorruptFile",
@@ -171,7 +185,9 @@ __all__ = [
     "BoFExit",
     "Budget",
     "Compile",
+    "Condense",
     "ConfidenceRule",
+    "CoresetSelector",
     "CorruptFile",
     "CostModel",
     "CubicSchedule",
@@ -187,7 +203,9 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "GraphSetCondenser",
     "ImageClassification",
+    "ImageCondenser",
     "IncompatibleStep",
     "InfeasibleError",
     "InvalidValue",
@@ -203,6 +221,7 @@ __all__ = [
     "MultiExitModel",
     "NoEffect",
     "NodeClassification",
+    "NodeCondenser",
     "NotExportable",
     "OraclePolicy",
     "PlacedExitPolicy",
@@ -225,6 +244,7 @@ __all__ = [
     "TrainingDiverged",
     "Transfer",
     "UnknownName",
+    "UnrolledCondenser",
     "UntrustedCode",
     "WarmupCosine",
     "WeightAverage",
@@ -244,6 +264,7 @@ __all__ = [
     "hessian_trace",
     "leap_factor",
     "load",
+    "load_condensed",
     "lock_pattern",
     "perturbation_flatness",
     "plan",
@@ -253,6 +274,7 @@ __all__ = [
     "profile_latency",
     "quantize_ptq",
     "run",
+    "save_condensed",
     "sharpness",
     "shrink",
     "squad_metrics",

@@ -97,6 +97,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.compression.compiling:Compile",
             "Compile a text encoder for the CPU engine: INT8, with zeros in 4×1 blocks left out where that is faster.",
         ),
+        "condense": Part(
+            "sparing.condensation.step:Condense",
+            "Replace the training data by a few samples: synthetic ones that teach nearly as much, or a chosen core "
+            "set.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",

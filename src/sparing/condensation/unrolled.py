@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -84,6 +85,43 @@ def unrolled_steps(
         if not create_graph:
             moving = {name: w.detach().requires_grad_() for name, w in moving.items()}
     return moving, torch.stack(losses)
+
+
+@dataclass(frozen=True)
+class LearnedSteps:
+    """What distilled images are worth nothing without: the steps that a network learns from them by."""
+
+    sets: int
+    """The images are so many sets of equal size, one after the other; step t learns from number t mod ``sets``."""
+    learning_rates: Float[Tensor, " t"]
+    """Of each step, (T,)."""
+    initial_weights: Mapping[str, Tensor] | None
+    """Name → where each parameter of the network begins; None: anywhere."""
+
+    def train(self, network: nn.Module, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> nn.Module:
+        """Take the steps with a network, in place; it is returned in evaluation mode.
+
+        Args:
+            network: one like that which the images were learned for; it begins with ``initial_weights``, if there are.
+            images: of all sets.
+            labels: their classes, in each set the same.
+
+        Raises:
+            InvalidValue: images that are no such sets, or a network whose weights are not those that they were learned
+                with.
+        """
+        if self.sets < 1 or len(images) % self.sets or len(images) != len(labels):
+            raise InvalidValue(f"{len(images)} images and {len(labels)} labels are no {self.sets} sets of equal size")
+        each = len(images) // self.sets
+        network.train()
+        weights = weights_of(network) if self.initial_weights is None else self.initial_weights
+        final, _ = unrolled_steps(
+            network, weights, images.split(each), labels[:each], self.learning_rates, create_graph=False
+        )
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(final[name])
+        return network.eval()
 
 
 class UnrolledCondenser:
@@ -232,15 +270,7 @@ class UnrolledCondenser:
         Raises:
             InvalidValue: a network whose weights are not those that the images were learned with.
         """
-        network.train()
-        weights = weights_of(network) if self.initial_weights_ is None else self.initial_weights_
-        final, _ = unrolled_steps(
-            network, weights, self.images_, self.labels_, self.learning_rates_, create_graph=False
-        )
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                parameter.copy_(final[name])
-        return network.eval()
+        return self.steps_.train(network, *self.condensed_.tensors)
 
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on but data, network and callbacks, as plain JSON."""
@@ -249,6 +279,11 @@ class UnrolledCondenser:
             *("lr_decay", "decay_every", "lr_net", "random_state"),
         )
         return {"method": "dd", **{name: getattr(self, name) for name in names}, "betas": list(self.betas)}
+
+    @property
+    def steps_(self) -> LearnedSteps:
+        """The steps that the images were learned for; keep them with the images."""
+        return LearnedSteps(self.distill_steps, self.learning_rates_, self.initial_weights_)
 
     @property
     def condensed_(self) -> TensorDataset:

@@ -349,9 +349,19 @@ def _check_one(step: Step, place: str, stand: _Standing, problems: list[str]) ->
 
 
 def _steps_with(attribute: str, value: str) -> list[str]:
-    """Names of the steps that declare it whatever their fields are."""
-    declared = {name: getattr(resolve("steps", name), attribute, ()) for name in parts("steps")}
-    return sorted(name for name, words in declared.items() if not isinstance(words, property) and value in words)
+    """Names of the steps that declare it, with their fields as they are by default."""
+    return sorted(name for name in parts("steps") if value in _declared(resolve("steps", name), attribute))
+
+
+def _declared(kind: type[Step], attribute: str) -> Iterable[str]:
+    """A step's words; those that depend on its fields, as they are by default."""
+    words = getattr(kind, attribute, ())
+    if not isinstance(words, property):
+        return words
+    try:
+        return getattr(kind(), attribute)
+    except SparingError:
+        return ()
 
 
 def _look_up(
@@ -427,11 +437,15 @@ def run(
     first: Job | None = None
     for seed in numbers:
         job, test, remarks = _start(recipe, checked.task, checked.meter, seed, root, store)
+        suffix, written = "" if seed == numbers[0] else f"-seed{seed}", set[str]()
 
         def keep(job: Job, row: Row, outcomes: np.ndarray | None) -> None:
             ledger.tasks = {**ledger.tasks, job.task.name: job.data_key}
             kept = ledger.add(row, outcomes)
             if folder:
+                for name in job.folders.keys() - written:
+                    job.folders[name](folder / f"{name}{suffix}")
+                    written.add(name)
                 ledger.save(folder)
             if on_row:
                 on_row(kept)

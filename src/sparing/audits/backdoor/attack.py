@@ -10,7 +10,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from sparing.audits.backdoor.metrics import check_target

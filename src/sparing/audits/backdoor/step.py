@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from sparing.audits.backdoor.attack import CondensationBackdoor
 from sparing.audits.backdoor.audit import AuditReport, BackdoorAudit, every_defence, mean_and_deviation
@@ -15,19 +18,19 @@ from sparing.audits.backdoor.finding import Defence, Finding, Images, Subject
 from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
 from sparing.audits.backdoor.pixels import PixelSpace
-from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger, Position
+from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger
+from sparing.condensation.evaluation import train_on_condensed
+from sparing.condensation.images import labelled_images
+from sparing.condensation.kinds import CORE_SETS, ImageKind, RealImages, kind_of
 from sparing.condensation.step import Condense
 from sparing.core import registry
-from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, did_you_mean
+from sparing.core.errors import InvalidValue, NoEffect, did_you_mean
 from sparing.core.randomness import derive_seed
 from sparing.core.statistics import t_interval
 from sparing.core.step import Stage, Step, step
 from sparing.core.store import JSON, TENSORS, All
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from sparing.condensation.kinds import RealImages
     from sparing.condensation.unrolled import LearnedSteps
     from sparing.core.job import Job
     from sparing.core.task import Task
@@ -64,10 +67,6 @@ def pixels_of(task: Task, channels: int) -> PixelSpace:
 
 def some_images(dataset: Any, count: int, *seed: int | str) -> Images:
     """Up to ``count`` images of a data set at random, in their order."""
-    import torch
-    from torch.utils.data import Subset
-
-    from sparing.condensation.images import labelled_images
 
     generator = torch.Generator().manual_seed(derive_seed(*seed))
     places = torch.randperm(len(dataset), generator=generator)[:count].sort().values
@@ -102,13 +101,13 @@ def begun_anew(model: nn.Module) -> nn.Module:
 
 def packed(finding: Finding) -> dict[str, Any]:
     """A finding as the store keeps it."""
-    import torch
 
-    stamps = {
-        f"{number}.{name}": part.contiguous()
-        for number, stamp in enumerate(finding.stamps)
-        for name, part in zip(("target", "mask", "pattern"), (torch.tensor(stamp.target), *(stamp.parts or ())))
-    }
+    stamps = {}
+    for number, stamp in enumerate(finding.stamps):
+        if stamp.parts is None:
+            raise InvalidValue(f"{finding.defence}: a trigger without mask and pattern cannot be kept")
+        found = {"target": torch.tensor(stamp.target), "mask": stamp.parts[0], "pattern": stamp.parts[1]}
+        stamps |= {f"{number}.{name}": part.cpu().contiguous() for name, part in found.items()}
     pictures = {name: picture.detach().cpu().contiguous() for name, picture in finding.pictures.items()}
     return {"finding": finding.to_json(), "pictures": pictures, "stamps": stamps}
 
@@ -128,7 +127,7 @@ def unpacked(kept: Mapping[str, Any], pixels: PixelSpace) -> Finding:
 
 
 def picture(values: Tensor) -> np.ndarray:
-    """(1 or 3, H, W) of 0 to 1 → uint8 (H', W') or (H', W', 3), enlarged by whole steps; other channels are averaged."""
+    """(C, H, W) of 0 to 1 → uint8 (H', W'), of three channels (H', W', 3), enlarged by whole steps."""
     shown = values if values.shape[0] in (1, 3) else values.mean(dim=0, keepdim=True)
     array = (shown * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     factor = max(1, PICTURE_SIDE // max(array.shape[:2]))
@@ -237,7 +236,9 @@ class AuditBackdoor(Step):
             return self.model, {}
         if isinstance(self.model, Mapping) and isinstance(self.model.get("name"), str):
             return self.model["name"], {key: value for key, value in self.model.items() if key != "name"}
-        raise InvalidValue(f"model = {self.model!r}; a registered model's name or {{name: …, field: value}} is expected")
+        raise InvalidValue(
+            f"model = {self.model!r}; a registered model's name or {{name: …, field: value}} is expected"
+        )
 
     def check(self, task: Task) -> None:
         """Target, patch and victims fit the task."""
@@ -282,7 +283,6 @@ class AuditBackdoor(Step):
 
     def _examined(self, job: Job, own: Condensed | None) -> AuditReport:
         """What the defences say of the job's set and network."""
-        from sparing.condensation.images import labelled_images
 
         condensed = Images(*labelled_images(job.train)) if "condensed" in job.capabilities else None
         if "trained" in job.capabilities:
@@ -320,8 +320,6 @@ class AuditBackdoor(Step):
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
-        from sparing.condensation.kinds import ImageKind, kind_of
-        from sparing.condensation.saved import data_of
 
         assert self.condense is not None
         seed = derive_seed("audit", job.seed) % 2**31  # not the job's own: a set of one's own is another set
@@ -342,7 +340,7 @@ class AuditBackdoor(Step):
                     seed,
                 )
                 kind.callbacks = (attack,)
-            found = kind.make(child, real, self.condense.device_of()).stored()
+            found = kind.make(child, real, self.condense._device()).stored()
             if where == "attacked":
                 said = dict(attack.provenance)
             return {**found, "said": said}
@@ -387,7 +385,6 @@ class AuditBackdoor(Step):
 
     def _victims(self, job: Job, where: str, images: Images, made: Condensed | None = None) -> list[nn.Module]:
         """Networks trained on a set; on distilled images by the steps that were learned with them."""
-        from sparing.condensation.evaluation import train_on_condensed
         from sparing.core.predictor import build_model
         from sparing.core.randomness import isolated_rng
         from sparing.core.training.step import load_weights

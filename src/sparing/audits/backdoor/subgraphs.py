@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
 from sparing.audits.backdoor.layers import evaluating
+from sparing.audits.backdoor.metrics import BackdoorRates, backdoor_rates
 from sparing.audits.backdoor.triggers import BETAS, ENOUGH, LEARNING_RATE, TriggerHistory, rank_units
 from sparing.core.errors import InvalidValue
 from sparing.data.graphs import PackedGraphs
@@ -174,6 +175,42 @@ class SubgraphTrigger:
             "highest": float(self.rows.max()),
             "rows": self.rows.tolist(),
         }
+
+
+def _class_logits(logits: Tensor) -> Tensor:
+    """A single logit is that of class 1 against 0."""
+    return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
+
+
+@torch.no_grad()
+def graph_rates(
+    network: nn.Module, graphs: Any, trigger: SubgraphTrigger, target: int, batch: int = 512
+) -> BackdoorRates:
+    """Rates of a network on real graphs without and with the trigger, which all carry."""
+    clean = PackedGraphs.of(graphs)
+    forward = getattr(network, "forward_sparse", network)
+
+    def logits(packed: PackedGraphs) -> Tensor:
+        found = []
+        for rows in torch.arange(len(packed), device=packed.y.device).split(batch):
+            part = packed.take(rows)
+            weights = {} if part.edge_weight is None else {"edge_weight": part.edge_weight}
+            found.append(_class_logits(forward(part.x, part.edge_index, part.batch, **weights)))
+        return torch.cat(found)
+
+    with evaluating(network):
+        return backdoor_rates(logits(clean), logits(trigger.apply(clean)), clean.y, target)
+
+
+@torch.no_grad()
+def node_rates(
+    network: nn.Module, graph: Data, nodes: Int[Tensor, " n"], trigger: SubgraphTrigger, target: int
+) -> BackdoorRates:
+    """Rates of a network (x, edge_index) → logits on ``nodes`` of a real graph without and with cliques at all."""
+    bad = trigger.apply(graph, nodes)
+    with evaluating(network):
+        clean, triggered = (network(data.x.to_dense(), data.edge_index)[nodes] for data in (graph, bad))
+    return backdoor_rates(_class_logits(clean), _class_logits(triggered), graph.y[nodes], target)
 
 
 def clique_activations(

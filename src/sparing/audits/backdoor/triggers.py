@@ -244,8 +244,8 @@ class TriggerHistory:
     updates: int = 0
     moved: int = 0
     steps: int = 0
-    images: list[Float[Tensor, "c h w"]] = field(default_factory=list)
-    """The trigger after each update that moved it: a defence fitted to one of them may miss another."""
+    images: list[Tensor] = field(default_factory=list)
+    """The trigger, (C, H, W) or a subgraph's rows, after each update that moved it: a defence fitted to one of them may miss another."""
 
 
 class OptimisedTrigger(PatchTrigger):
