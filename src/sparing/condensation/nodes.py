@@ -25,7 +25,7 @@ from sparing.condensation.allocation import (
     check_size,
     rows_for_all,
 )
-from sparing.condensation.callbacks import Callbacks
+from sparing.condensation.callbacks import Callbacks, marked
 from sparing.condensation.graphs import (
     anneal_temperature,
     discrete_adjacency,
@@ -316,6 +316,7 @@ class NodeCondenser:
         before = (data.x.coalesce().values(), data.x.coalesce().indices()) if data.x.is_sparse else (data.x,)
         after = tuple(self.condensed_.to_dict().values())
         self.cost_ = run.cost((*before, data.edge_index, data.y), after)
+        marked(self.condensed_, watching.provenance())
         return self
 
 

@@ -161,11 +161,3 @@ class CondensationBackdoor:
         if self._optimised is not None:
             self._optimised.load_state_dict(state["trigger"])
             self._stamp()
-
-
-def require_mark(provenance: dict[str, Any], attacks: tuple[CondensationBackdoor, ...]) -> None:
-    """Raise :class:`InvalidValue` when a set condensed under an attack is about to be saved without saying so."""
-    if attacks and provenance.get("poisoned") is not True:
-        raise InvalidValue(
-            "a set condensed under a backdoor attack can only be saved with poisoned = True in its metadata"
-        )

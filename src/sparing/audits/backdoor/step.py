@@ -19,6 +19,7 @@ from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
 from sparing.audits.backdoor.pixels import PixelSpace
 from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger
+from sparing.condensation.callbacks import is_marked
 from sparing.condensation.evaluation import train_on_condensed
 from sparing.condensation.images import labelled_images
 from sparing.condensation.kinds import CORE_SETS, ImageKind, RealImages, kind_of
@@ -40,6 +41,7 @@ REFERENCE_IMAGES = 6000
 PICTURE_SIDE = 224
 """Small pictures are enlarged to about so many pixels for the report."""
 FINDING: All[Any] = All({"finding": JSON, "pictures": TENSORS, "stamps": TENSORS})
+SAID_POISONED = {"poisoned": True, "note": "it says of itself that a backdoor was planted in it"}
 CONDENSED: All[Any] = All({"tensors": TENSORS, "record": JSON, "said": JSON})
 
 
@@ -298,11 +300,13 @@ class AuditBackdoor(Step):
             models=models,
             reference=self._reference(job) if condensed is not None else None,
             own=own.images if own is not None and condensed is not None else None,
+            provenance=SAID_POISONED if is_marked(job.train) else None,
         )
 
     def _attacked(self, job: Job, clean: Condensed) -> AuditReport:
         """How well a backdoor in a set of one's own would work, and what the defences would say."""
         bad = self._condensed(job, "attacked")
+        given = Images(*labelled_images(job.train)) if "condensed" in job.capabilities else None
         for title, pixels, caption in bad.pictures:
             job.illustrate(f"{title}, simulated attack", pixels, caption)
         return self._audit(job, "attacked").run(
@@ -315,6 +319,7 @@ class AuditBackdoor(Step):
             trigger=PatchTrigger.described(bad.images.x.shape[1:], self._pixels(job.task), bad.provenance["trigger"]),
             target=self.target,
             reference=self._reference(job),
+            own=given,
             provenance=bad.provenance,
         )
 

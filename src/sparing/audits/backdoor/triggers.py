@@ -245,7 +245,8 @@ class TriggerHistory:
     moved: int = 0
     steps: int = 0
     images: list[Tensor] = field(default_factory=list)
-    """The trigger, (C, H, W) or a subgraph's rows, after each update that moved it: a defence fitted to one of them may miss another."""
+    """The trigger, (C, H, W), or a subgraph's rows after each update that moved it: a defence fitted to one of them may
+    miss another."""
 
 
 class OptimisedTrigger(PatchTrigger):
