@@ -20,6 +20,7 @@ from sparing.tasks.images.digits import Digits
 from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, tiny_task
 
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
+BLOCKS = {"name": "blocknet", "num_classes": 3, "image_size": 8, "width": 4, "depth": 1}
 LAST = sparing.Train(id="last", epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1)
 STUDENT = {"name": "convnet", "num_classes": 3, "image_size": 8, "widths": [4]}
 
@@ -171,6 +172,19 @@ STEPS = {
         sparing.Quantize(goal="bytes", max_loss=1.0, samples=8),
         before=(TRAIN,),
         nothing=StepCase(sparing.Quantize(), before=(TRAIN,), task=poolings, nothing="is the case"),
+    ),
+    "condense": StepCase(
+        sparing.Condense(
+            method="dc",
+            per_class=2,
+            iterations=3,
+            outer_steps=2,
+            inner_steps=1,
+            network=BLOCKS,
+            settings={"checkpoint_every": 1},
+        ),
+        after=(LAST,),
+        nothing=StepCase(sparing.Condense(method="random", per_class=16), nothing="is the case"),
     ),
     "export": StepCase(
         sparing.Export(),

@@ -92,7 +92,7 @@ class Job:
     earlier: Mapping[str, Predictor] = field(default_factory=dict)
     """Predictors of the rows above, by row id."""
     folders: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
-    """What a run with an output folder writes there besides the model: name → writes a folder, to be made."""
+    """What a run with an output folder writes there besides the model: a step's id → writes a folder, to be made."""
     meter: Meter | None = None
     """Measures rows, here and in inner pipelines."""
     notes: Notes = field(default_factory=Notes)

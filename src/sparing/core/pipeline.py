@@ -437,15 +437,13 @@ def run(
     first: Job | None = None
     for seed in numbers:
         job, test, remarks = _start(recipe, checked.task, checked.meter, seed, root, store)
-        suffix, written = "" if seed == numbers[0] else f"-seed{seed}", set[str]()
 
         def keep(job: Job, row: Row, outcomes: np.ndarray | None) -> None:
             ledger.tasks = {**ledger.tasks, job.task.name: job.data_key}
             kept = ledger.add(row, outcomes)
             if folder:
-                for name in job.folders.keys() - written:
-                    job.folders[name](folder / f"{name}{suffix}")
-                    written.add(name)
+                if row.id in job.folders:
+                    job.folders[row.id](folder / (row.id if row.seed == numbers[0] else f"{row.id}-seed{row.seed}"))
                 ledger.save(folder)
             if on_row:
                 on_row(kept)

@@ -1,0 +1,475 @@
+"""How the data of each kind of task are read from a job, condensed, handed on and shown. The step is thin over this."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from sparing.condensation.allocation import LabelAllocation, allocate_labels, rows_for_all
+from sparing.condensation.coresets import CoresetSelector, Strategy
+from sparing.condensation.evaluation import embed_images
+from sparing.condensation.images import ImageCondenser, labelled_images
+from sparing.condensation.pictures import image_sheet
+from sparing.condensation.saved import CondensedSet, Kind, data_of, tensors_of
+from sparing.condensation.unrolled import LearnedSteps, UnrolledCondenser
+from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect, did_you_mean, shown
+from sparing.core.training import Train, fit
+
+if TYPE_CHECKING:
+    from sparing.condensation.step import Condense
+    from sparing.core.job import Job
+    from sparing.core.store import Progress
+    from sparing.core.task import Task
+
+CORE_SETS: Mapping[str, Strategy] = {"random": "random", "herding": "herding", "k_center": "kcenter"}
+ARGUMENTS = {"per_class": "n_per_class", "iterations": "max_iter"}
+"""Fields of the step that the condensers have under another name."""
+FIELDS = (
+    *("per_class", "rate", "iterations", "outer_steps", "inner_steps", "batch_real"),
+    *("lr_img", "lr_net", "lr_adj", "lr_feat"),
+)
+"""Fields of the step that are a condenser's arguments."""
+OWN = frozenset({"method", "network", "callbacks", "random_state"})
+"""Arguments that the step gives itself."""
+Pictures = list[tuple[str, np.ndarray, str]]
+"""(title, pixels, caption) of each."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A condensed set and how it was made."""
+
+    data: Any
+    """As :class:`~sparing.condensation.saved.CondensedSet` holds it."""
+    labels: Tensor
+    """Class of each sample, (m,)."""
+    record: Mapping[str, Any]
+    """Plain JSON, the same in every run: settings, loss curve, bytes, what it began with or is made of."""
+    steps: LearnedSteps | None = None
+
+    def stored(self) -> dict[str, Any]:
+        """What a store keeps."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of(self.data, self.steps)[1].items()}
+        return {"tensors": tensors, "record": dict(self.record)}
+
+
+@dataclass(frozen=True)
+class Real:
+    """A job's training data."""
+
+    data: Any
+    labels: Tensor
+    """Class of each training sample, (n,)."""
+    counts: list[int]
+    """How many of each class."""
+    bytes: int
+
+
+class DataKind(ABC):
+    """One kind of data: what can be done with it by the fields of one step, on one task."""
+
+    capability: ClassVar[str]
+    """What a task of this kind has."""
+    saved: ClassVar[Kind]
+    """What it is called on disk."""
+    units: ClassVar[str]
+    """What its samples are."""
+    condensers: ClassVar[Mapping[str, tuple[type, Mapping[str, Any]]]]
+    """Method → (condenser, its arguments where they differ from its own defaults)."""
+    default: ClassVar[str]
+    """The method where none is named."""
+    default_size: ClassVar[Mapping[str, Any]]
+    """Of core sets."""
+    callbacks: Sequence[Any] = ()
+    """Of the condenser: an audit attacks it through these."""
+    recipe: ClassVar[Mapping[str, Any]]
+    """Fields of the training whose network tells samples apart for herding and k-center, epochs among them."""
+
+    def __init__(self, step: Condense, task: Task) -> None:
+        self.step, self.task, self.method = step, task, step.method or self.default
+        if self.method not in (*CORE_SETS, *self.condensers):
+            raise IncompatibleStep(
+                f"{step.id!r}: method = {self.method!r} is not for {self.units}, which {task.name!r} is about; for "
+                f"these there are {', '.join((*CORE_SETS, *self.condensers))}"
+            )
+
+    # --- before anything runs
+
+    def check(self) -> None:
+        """Raise for fields that do not suit the method, the data or each other."""
+        if self.step.saved is None:
+            self.condenser(0)
+            self.check_network()
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields as arguments of the condenser; what it has no use for is refused."""
+        step, method = self.step, self.method
+        kind, own = self.condensers.get(method, (None, {}))
+        names = {"n_per_class", "rate"} if kind is None else set(inspect.signature(kind).parameters) - OWN
+        outer = {argument: name for name, argument in ARGUMENTS.items()}
+        known = sorted(outer.get(name, name) for name in names)
+        given = {name: value for name in FIELDS if (value := getattr(step, name)) is not None}
+        for name, value in given.items():
+            if ARGUMENTS.get(name, name) not in names:
+                raise InvalidValue(f"{name} = {value!r}: {method} has no use for it; it takes {', '.join(known)}")
+        if step.embed_epochs is not None and method not in ("herding", "k_center"):
+            raise InvalidValue(f"embed_epochs = {step.embed_epochs}: only herding and k_center compare embeddings")
+        if step.network is not None and method == "random":
+            raise InvalidValue(f"network = {step.network!r}: random looks at no network")
+        for name in step.settings:
+            if name in (*FIELDS, *ARGUMENTS.values(), *OWN):
+                raise InvalidValue(f"settings has {name!r}, which is a field of the step, or its own affair")
+            if name not in names:
+                raise InvalidValue(
+                    f"settings has {name!r}, which {method} does not take.{did_you_mean(name, known)} It takes "
+                    f"{', '.join(known) or 'none'}"
+                )
+        return {**own, **{ARGUMENTS.get(name, name): value for name, value in given.items()}, **step.settings}
+
+    def condenser(self, seed: int, counts: Sequence[int] = (), factory: Any = None) -> Any:
+        """What does it: a condenser; of core sets the arguments of their allocation, which are checked with it."""
+        arguments = self.arguments()
+        if self.method in CORE_SETS:
+            return arguments or dict(self.default_size)
+        kind = self.condensers[self.method][0]
+        network = {} if factory is None else {"network": factory}
+        try:
+            return kind(**self.named(), **arguments, **network, random_state=seed, callbacks=self.callbacks)
+        except TypeError as error:
+            raise InvalidValue(f"{self.method}: {error}") from error
+
+    def named(self) -> dict[str, Any]:
+        """How the condenser is told the method."""
+        return {}
+
+    def check_network(self) -> None:
+        """Raise for a network that cannot be built, or that the method cannot use."""
+        from sparing.core.predictor import outline
+
+        if self.step.network is not None:
+            outline(self.build)
+
+    def build(self) -> nn.Module:
+        """The network that is named."""
+        from sparing.core.predictor import build_model
+
+        name, fields = self.step.named_network()
+        return build_model(name, self.task, **fields)
+
+    # --- with a job
+
+    @abstractmethod
+    def read(self, job: Job) -> Real:
+        """The training data; raises with the index of what is wrong with them."""
+
+    def counted(self, labels: Tensor) -> list[int]:
+        """How many samples there are of each class of the task; raises :class:`DataError` for one that has none."""
+        names = self.task.labels
+        counts = torch.bincount(labels, minlength=len(names)).tolist()
+        for number, count in enumerate(counts):
+            if number >= len(names):
+                raise DataError(f"{self.task.name}: label {number}; 0…{len(names) - 1} is expected")
+            if count == 0:
+                raise DataError(f"{self.task.name}: no training sample of class {names[number]!r}, of {sum(counts)}")
+        return counts
+
+    def allocation(self, counts: Sequence[int]) -> LabelAllocation:
+        """How many samples each class gets; more than it has are refused."""
+        size = {name: value for name in ("per_class", "rate") if (value := getattr(self.step, name)) is not None}
+        return rows_for_all(allocate_labels(counts, **(size or self.default_size)))
+
+    def size(self, counts: Sequence[int]) -> int:
+        """Samples of the condensed set."""
+        return len(self.allocation(counts).labels)
+
+    def check_size(self, real: Real) -> None:
+        """Raise :class:`NoEffect` for a condensed set that is no smaller than the real one."""
+        found = self.size(real.counts)
+        if found >= len(real.labels):
+            raise NoEffect(
+                f"{self.step.id!r}: a condensed set of {found} {self.units} is no smaller than the {len(real.labels)} "
+                "real ones; a smaller per_class or rate is needed"
+            )
+
+    def make(self, job: Job, real: Real, device: torch.device) -> Made:
+        """Condense; long work is kept in the job's store."""
+        if self.method in CORE_SETS:
+            return self.choose(job, real)
+        return self.learn(job, real, device, job.store.progress("condensed"))
+
+    @abstractmethod
+    def learn(self, job: Job, real: Real, device: torch.device, progress: Progress) -> Made:
+        """A synthetic set."""
+
+    def choose(self, job: Job, real: Real) -> Made:
+        """A core set."""
+        allocation = self.allocation(real.counts)
+        sizes = [last - first for first, last in allocation.ranges]
+        for number, (wanted, there) in enumerate(zip(sizes, real.counts, strict=True)):
+            if wanted > there:
+                raise InvalidValue(
+                    f"{self.step.id!r}: {wanted} {self.units} of class {self.task.labels[number]!r} are wanted, but it "
+                    f"has {there}"
+                )
+        embed = None if self.method == "random" else lambda _: self.embed(job, real)
+        selector = CoresetSelector(CORE_SETS[self.method], sizes, embed, random_state=job.seed)
+        rows = torch.from_numpy(selector.fit(range(len(real.labels)), real.labels).indices_)
+        data = self.subset(real, rows)
+        record = {
+            "settings": {"method": self.method, "sizes": sizes, "random_state": job.seed, **self.embedding_settings()},
+            "rows": rows.tolist(),
+            "loss_curve": [],
+            "bytes_before": real.bytes,
+            "bytes_after": nbytes(tensors_of(data)[1]),
+        }
+        return Made(data, real.labels[rows], record)
+
+    @abstractmethod
+    def subset(self, real: Real, rows: Tensor) -> Any:
+        """The real samples ``rows`` (m,) as a condensed set."""
+
+    def embedding_settings(self) -> dict[str, Any]:
+        """What embeddings depend on, for the record."""
+        if self.method == "random":
+            return {}
+        epochs = self.step.embed_epochs or self.recipe["epochs"]
+        return {"embed_epochs": epochs, "network": self.step.network or self.network_name}
+
+    network_name: ClassVar[str]
+    """Registered name of the network that is trained for embeddings where none is named."""
+
+    @abstractmethod
+    def embed(self, job: Job, real: Real) -> Tensor:
+        """An embedding of each training sample, (n, d), by a network trained on all of them."""
+
+    def trained(self, job: Job, network: nn.Module, train: Any, val: Any) -> nn.Module:
+        """The network after the evaluation's recipe on ``train``, kept in the store."""
+        from sparing.core.store import TENSORS
+
+        epochs = self.step.embed_epochs or self.recipe["epochs"]
+        fields: dict[str, Any] = {"batch_size": len(train), **self.recipe, "epochs": epochs}
+        batches = -(-len(train) // fields["batch_size"])
+        drop = {"milestones": [(epochs // 2 + 1) * batches], "gamma": 0.1}
+        fields |= {"scheduler": "MultiStepLR", "scheduler_args": drop, "restore_best": val is not None}
+        settings = Train(id="embedding", **fields)
+
+        def compute() -> dict[str, Any]:
+            progress = job.store.progress("embedding_network")
+            return dict(
+                fit(network, self.task, train, val, settings, seed=job.seed, progress=progress).model.state_dict()
+            )
+
+        network.load_state_dict(job.store.once("embedding_network", compute, TENSORS))
+        return network.eval()
+
+    @abstractmethod
+    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+        """A set from disk that fits the task; raises :class:`IncompatibleStep` for one that does not."""
+
+    @abstractmethod
+    def training_set(self, job: Job, made: Made) -> Any:
+        """The condensed set as the task's training data."""
+
+    @abstractmethod
+    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+        """The condensed set, to look at."""
+
+    def finished(self, job: Job, made: Made) -> Made:
+        """What is made by what comes after the condensing itself."""
+        return made
+
+    def refuse(self, found: CondensedSet, reason: str) -> IncompatibleStep:
+        """The error for a saved set."""
+        return IncompatibleStep(f"{self.step.id!r}: saved = {self.step.saved} holds {reason}")
+
+    def restored(self, stored: Mapping[str, Any]) -> Made:
+        """What :meth:`Made.stored` was made of."""
+        data, steps = data_of(self.saved, stored["tensors"], stored["record"].get("sets"))
+        return Made(data, stored["tensors"]["y"], stored["record"], steps)
+
+
+def nbytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors, of sparse ones those of what they hold."""
+    total = 0
+    for tensor in tensors.values():
+        parts = (tensor.coalesce().indices(), tensor.coalesce().values()) if tensor.is_sparse else (tensor,)
+        total += sum(part.nbytes for part in parts)
+    return total
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RealImages(Real):
+    """Images (n, C, H, W) in the task's own space, and how to get from there to mean 0 and deviation 1."""
+
+    mean: Tensor = field(default_factory=lambda: torch.zeros(1))
+    """Of each channel, (C, 1, 1)."""
+    std: Tensor = field(default_factory=lambda: torch.ones(1))
+    """Likewise; 1 for a channel that never varies."""
+
+    def normalised(self) -> Tensor:
+        """With mean 0 and standard deviation 1 in each channel."""
+        return (self.data - self.mean) / self.std
+
+
+class ImageKind(DataKind):
+    """Labelled images."""
+
+    capability = "images"
+    saved = "images"
+    units = "images"
+    condensers = {  # noqa: RUF012  # a ClassVar of the base
+        "dc": (ImageCondenser, {}),
+        "dsa": (ImageCondenser, {}),
+        "dm": (ImageCondenser, {}),
+        "dd": (UnrolledCondenser, {}),
+    }
+    default = "dm"
+    default_size = {"per_class": 10}  # noqa: RUF012
+    network_name = "blocknet"
+    recipe = {  # noqa: RUF012
+        "epochs": 300,
+        "batch_size": 256,
+        "optimizer": "SGD",
+        "optimizer_args": {"momentum": 0.9},
+        "lr": 0.01,
+        "weight_decay": 5e-4,
+    }
+
+    def named(self) -> dict[str, Any]:
+        """DD has a class of its own."""
+        return {} if self.method == "dd" else {"method": self.method}
+
+    def check_network(self) -> None:
+        """Distillation through steps cannot follow what batch norms keep."""
+        from sparing.core.predictor import outline
+
+        super().check_network()
+        if self.method == "dd" and self.step.network is not None:
+            for name, module in outline(self.build).named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    raise IncompatibleStep(
+                        f"{self.step.id!r}: network = {self.step.network!r} has a batch norm ({name}), whose "
+                        "statistics dd could not learn through; one without, or with instance norms, is needed"
+                    )
+
+    def network(self, shape: Sequence[int]) -> Callable[[], nn.Module]:
+        """What makes a fresh network for images of this shape (C, H, W)."""
+        from sparing.core.predictor import build_model
+
+        if self.step.network is not None:
+            return self.build
+        channels, height, width = shape
+        if height != width:
+            raise InvalidValue(f"{self.step.id!r}: images of {height}×{width} pixels are not square; give a network")
+        norm = "none" if self.method == "dd" else "instance"
+        sizes = {"in_channels": channels, "num_classes": len(self.task.labels), "image_size": height}
+        return lambda: build_model("blocknet", **sizes, norm=norm)
+
+    def size(self, counts: Sequence[int]) -> int:
+        """DD has a set for each step."""
+        if self.method in CORE_SETS:
+            return super().size(counts)
+        condenser = self.condenser(0)
+        return condenser.n_per_class * len(counts) * getattr(condenser, "distill_steps", 1)
+
+    def read(self, job: Job) -> RealImages:
+        """All images in memory."""
+        images, labels = labelled_images(job.train, every_class=False)
+        counts = self.counted(labels)
+        std, mean = torch.std_mean(images, (0, 2, 3), correction=0, keepdim=True)
+        std = torch.where(std < 1e-6, 1.0, std)
+        return RealImages(images, labels, counts, nbytes({"x": images, "y": labels}), mean[0], std[0])
+
+    def learn(self, job: Job, real: RealImages, device: torch.device, progress: Progress) -> Made:  # type: ignore[override]
+        """By DC, DSA or DM on normalised images; by DD in the task's own space, where its steps are taken."""
+        condenser = self.condenser(job.seed, factory=self.network(real.data.shape[1:]))
+        own = self.method == "dd"
+        condenser.fit((real.data if own else real.normalised()).to(device), real.labels.to(device), keeper=progress)
+        images, labels = (tensor.cpu() for tensor in condenser.condensed_.tensors)
+        if not own:
+            images = images * real.std + real.mean
+        steps = condenser.steps_ if own else None
+        record = {
+            "settings": {**condenser.settings(), "network": self.described(real)},
+            "loss_curve": condenser.loss_curve_,
+            "mean": None if own else real.mean.flatten().tolist(),
+            "std": None if own else real.std.flatten().tolist(),
+            "sets": None if steps is None else steps.sets,
+            "bytes_before": real.bytes,
+            "bytes_after": int(condenser.cost_["bytes_after"]),
+        }
+        return Made(TensorDataset(images, labels), labels, record, steps)
+
+    def described(self, real: RealImages) -> dict[str, Any]:
+        """Name and fields of the network, with which it can be built again."""
+        from sparing.core.predictor import outline, spec_of
+
+        spec = spec_of(outline(self.network(real.data.shape[1:])))
+        assert spec is not None
+        return {"name": spec.builder, **spec.config}
+
+    def subset(self, real: Real, rows: Tensor) -> TensorDataset:
+        """Real images as they are."""
+        return TensorDataset(real.data[rows].clone(), real.labels[rows])
+
+    def embed(self, job: Job, real: RealImages) -> Tensor:  # type: ignore[override]
+        """What enters the head, of normalised images."""
+        from sparing.core.randomness import isolated_rng
+
+        with isolated_rng("embedding network", job.seed):
+            network = self.network(real.data.shape[1:])()
+        images = real.normalised()
+        return embed_images(self.trained(job, network, TensorDataset(images, real.labels), None), images)
+
+    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+        """Images of the task's size and classes."""
+        if found.kind != "images":
+            raise self.refuse(found, f"{found.kind}; images are needed for {self.task.name!r}")
+        images, labels = labelled_images(*found.data.tensors, every_class=False)
+        if images.shape[1:] != real.data.shape[1:] or int(labels.max()) >= len(real.counts):
+            raise self.refuse(
+                found,
+                f"images {tuple(images.shape[1:])} of classes up to {int(labels.max())}; {self.task.name!r} has images "
+                f"{tuple(real.data.shape[1:])} of classes 0…{len(real.counts) - 1}",
+            )
+        return Made(found.data, labels, {"bytes_after": nbytes(tensors_of(found.data, found.steps)[1])}, found.steps)
+
+    def training_set(self, job: Job, made: Made) -> TensorDataset:
+        """Pairs of an image and its class."""
+        return made.data
+
+    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+        """A sheet of the images, a row for each class."""
+        images, labels = made.data.tensors
+        low, high = real.data.amin((0, 2, 3)), real.data.amax((0, 2, 3))
+        caption = (
+            f"{self.units} of the condensed set, a row for each class from {self.task.labels[0]!r} to "
+            f"{self.task.labels[-1]!r}, {len(labels)} in all; values beyond those of real images are drawn as the "
+            "darkest or brightest of these"
+        )
+        return [("condensed images", image_sheet(images, labels, low, high), caption)]
+
+
+KINDS: tuple[type[DataKind], ...] = (ImageKind,)
+
+
+def kind_of(step: Condense, task: Task) -> DataKind:
+    """What the data of ``task`` are; raises :class:`IncompatibleStep` for others than can be condensed."""
+    for kind in KINDS:
+        if {kind.capability, "classification"} <= task.capabilities:
+            return kind(step, task)
+    raise IncompatibleStep(
+        f"{step.id!r} condenses classified {', '.join(kind.capability for kind in KINDS)}; {task.name!r} has the "
+        f"capabilities {shown(sorted(task.capabilities))}"
+    )
