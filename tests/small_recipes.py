@@ -2,7 +2,68 @@
 
 from __future__ import annotations
 
+SMALL_AUDIT = {
+    "holdout": "60",
+    "victims": "1",
+    "epochs": "2",
+    "defences": "[patch_scan, strip, pixel_range, residual_map]",
+    "settings": "{patch_scan: {sides: [7], random: 0, images: 20}, strip: {blends: 4, inputs: 8}}",
+    "portion": "0.1",
+    "max_steps": "5",
+}
+SMALL_CONDENSING = (
+    "per_class: 1, iterations: 1, batch_real: 16, network: {name: blocknet, width: 4, norm: none, hidden: 8"
+)
+
+
+def small_audit(step: str, method: str = "dc", network: str = "") -> tuple[str, ...]:
+    """Overrides of an audit that condenses."""
+    condense = f"{{condense: {{method: {method}, {SMALL_CONDENSING}{network}}}}}}}"
+    changes = SMALL_AUDIT | {"condense": condense}
+    return tuple(f"steps.{step}.{name}={value}" for name, value in changes.items())
+
+
+def small_condensing(network: str = "") -> tuple[str, ...]:
+    """Overrides of a condensing by gradient matching."""
+    return (
+        "steps.condense.per_class=1",
+        "steps.condense.iterations=1",
+        "steps.condense.batch_real=16",
+        f"steps.condense.network={{name: blocknet, width: 4, norm: none, hidden: 8{network}}}",
+    )
+
+
+COLOUR = ", in_channels: 3, image_size: 32"
 SMALL: dict[str, tuple[str, ...]] = {
+    "dd_backdoor": (
+        "task.train_limit=600",
+        "task.test_limit=200",
+        "model.width=4",
+        "model.hidden=8",
+        *small_condensing(),
+        "steps.train.epochs=2",
+        *small_audit("naive"),
+        *small_audit("doorping"),
+    ),
+    "condense_then_audit": (
+        "task.train_limit=600",
+        "task.test_limit=200",
+        "model.width=4",
+        "model.hidden=8",
+        *small_condensing(),
+        "steps.train.epochs=2",
+        *small_audit("audit_backdoor", "dm"),
+    ),
+    "full/dd_backdoor": (
+        "task.train_limit=400",
+        "task.test_limit=100",
+        "model.width=4",
+        "model.hidden=8",
+        *small_condensing(COLOUR),
+        "steps.train.max_steps=1",
+        *small_audit("naive", network=COLOUR),
+        *small_audit("doorping", network=COLOUR),
+    ),
     "quickstart": (
         "model.widths=[8]",
         "steps.baseline.epochs=2",

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from backdoor_cases import CLASSES, SIZE, TARGET, pictures, poisoned, white_patch
+from backdoor_cases import CLASSES, SIZE, TARGET, pictures, white_patch
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -170,7 +170,8 @@ def test_a_network_alone_is_audited_by_what_needs_no_set(tmp_path):
 
 def test_somebody_elses_set_is_audited(tmp_path):
     """A set that somebody else made, of which nothing else is known, has a backdoor that shows in its mean images."""
-    bad = poisoned(pictures(120, 0), white_patch(3))
+    x, y = pictures(120, 7)
+    bad = (torch.where((y == TARGET)[:, None, None, None], white_patch(3).apply(x), x), y)
     save_condensed(tmp_path / "given", TensorDataset(*bad), {"poisoned": True, "note": "made for a test"})
     done = run(tmp_path, Condense(saved=tmp_path / "given"), cheap("neural_cleanse", "residual_map"))
     row = done.ledger.rows[-1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -41,6 +44,7 @@ REFERENCE_IMAGES = 6000
 PICTURE_SIDE = 224
 """Small pictures are enlarged to about so many pixels for the report."""
 FINDING: All[Any] = All({"finding": JSON, "pictures": TENSORS, "stamps": TENSORS})
+VICTIM: All[Any] = All({"weights": TENSORS, "seconds": JSON})
 SAID_POISONED = {"poisoned": True, "note": "it says of itself that a backdoor was planted in it"}
 CONDENSED: All[Any] = All({"tensors": TENSORS, "record": JSON, "said": JSON})
 
@@ -188,6 +192,8 @@ class AuditBackdoor(Step):
     """Times their activation is the goal."""
     max_steps: int = Field(default=1000, ge=1)
     """Of Adam in one update of the patch."""
+    device: str = "auto"
+    """Where networks are trained and examined, as torch names it; "auto": a GPU if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +212,11 @@ class AuditBackdoor(Step):
                 f"condense = {self.condense}: a method that learns synthetic images is expected, not a saved set, nor "
                 f"{', '.join(CORE_SETS)}"
             )
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise InvalidValue(f"device = {self.device!r}: {error}") from None
         if self.model is not None:
             name, _ = self._named()
             if ":" not in name and name not in registry.parts("models"):
@@ -285,14 +296,13 @@ class AuditBackdoor(Step):
 
     def _examined(self, job: Job, own: Condensed | None) -> AuditReport:
         """What the defences say of the job's set and network."""
-
-        condensed = Images(*labelled_images(job.train)) if "condensed" in job.capabilities else None
+        condensed, seconds = self._given(job), 0.0
         if "trained" in job.capabilities:
-            models = [job.fresh_model().eval()]
+            models = [job.fresh_model().to(self._device).eval()]
         else:
             assert condensed is not None
-            models = self._victims(job, "given", condensed)
-        return self._audit(job, "given").run(
+            models, seconds = self._victims(job, "given", condensed)
+        report = self._audit(job, "given").run(
             condensed,
             None,
             self._holdout(job),
@@ -302,26 +312,33 @@ class AuditBackdoor(Step):
             own=own.images if own is not None and condensed is not None else None,
             provenance=SAID_POISONED if is_marked(job.train) else None,
         )
+        return replace(report, seconds=seconds)
+
+    def _given(self, job: Job) -> Images | None:
+        """The job's condensed set."""
+        return self._placed(labelled_images(job.train)) if "condensed" in job.capabilities else None
 
     def _attacked(self, job: Job, clean: Condensed) -> AuditReport:
         """How well a backdoor in a set of one's own would work, and what the defences would say."""
         bad = self._condensed(job, "attacked")
-        given = Images(*labelled_images(job.train)) if "condensed" in job.capabilities else None
         for title, pixels, caption in bad.pictures:
             job.illustrate(f"{title}, simulated attack", pixels, caption)
-        return self._audit(job, "attacked").run(
+        victims, seconds = self._victims(job, "attacked", bad.images, bad)
+        controls, more = self._victims(job, "clean", clean.images, clean)
+        report = self._audit(job, "attacked").run(
             bad.images,
             None,
             self._holdout(job),
             pixels=self._pixels(job.task),
-            models=self._victims(job, "attacked", bad.images, bad),
-            control=self._victims(job, "clean", clean.images, clean),
+            models=victims,
+            control=controls,
             trigger=PatchTrigger.described(bad.images.x.shape[1:], self._pixels(job.task), bad.provenance["trigger"]),
             target=self.target,
             reference=self._reference(job),
-            own=given,
+            own=self._given(job),
             provenance=bad.provenance,
         )
+        return replace(report, seconds=seconds + more)
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
@@ -353,7 +370,7 @@ class AuditBackdoor(Step):
         kept = child.store.once("condensed", made, CONDENSED)
         found = kind.restored(kept)
         return Condensed(
-            Images(*found.data.tensors),
+            self._placed(found.data.tensors),
             found.steps,
             kind.network(real.data.shape[1:]),
             {**found.record, **kept["said"]},
@@ -388,8 +405,10 @@ class AuditBackdoor(Step):
 
         return BackdoorAudit(self._defences(), ask)
 
-    def _victims(self, job: Job, where: str, images: Images, made: Condensed | None = None) -> list[nn.Module]:
-        """Networks trained on a set; on distilled images by the steps that were learned with them."""
+    def _victims(
+        self, job: Job, where: str, images: Images, made: Condensed | None = None
+    ) -> tuple[list[nn.Module], float]:
+        """Networks trained on a set, on distilled images by the steps that were learned with them; and the seconds."""
         from sparing.core.predictor import build_model
         from sparing.core.randomness import isolated_rng
         from sparing.core.training.step import load_weights
@@ -403,29 +422,42 @@ class AuditBackdoor(Step):
                 name, fields = self._named()
                 return build_model(name, job.task, **fields)
 
-        def weights(seed: int) -> dict[str, Tensor]:
+        def trained(seed: int) -> dict[str, Any]:
+            start, network = time.perf_counter(), fresh(seed)
             if made is not None and made.steps is not None:
-                return dict(made.steps.train(fresh(seed), images.x, images.y).state_dict())
-            network = train_on_condensed(fresh(seed), images.x, images.y, epochs=self.epochs, seed=seed)
-            return dict(network.state_dict())
+                made.steps.train(network, images.x.cpu(), images.y.cpu())
+            else:
+                train_on_condensed(network.to(self._device), images.x, images.y, epochs=self.epochs, seed=seed)
+            return {"weights": dict(network.state_dict()), "seconds": time.perf_counter() - start}
 
-        networks = []
+        networks, seconds = list[nn.Module](), 0.0
         known = made is not None and made.steps is not None and made.steps.initial_weights is not None
         for number in range(1 if known else self.victims):  # known weights end at the same ones every time
             seed = derive_seed("victim", job.seed, number)
+            kept = job.store.once(f"victim-{where}-{number}", partial(trained, seed), VICTIM)
             network = fresh(seed)
-            load_weights(network, job.store.once(f"victim-{where}-{number}", lambda s=seed: weights(s), TENSORS))  # type: ignore[misc]
-            networks.append(network.eval())
-        return networks
+            load_weights(network, kept["weights"])
+            networks.append(network.to(self._device).eval())
+            seconds += kept["seconds"]
+        return networks, seconds
 
     # --------------------------------------------------------------------------------------------------- what with
 
+    @property
+    def _device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _placed(self, images: Sequence[Tensor]) -> Images:
+        return Images(*(part.to(self._device) for part in images))
+
     def _holdout(self, job: Job) -> Images:
-        return some_images(job.task.splits(job.root).test, self.holdout, "audit", "hold-out")
+        return self._placed(some_images(job.task.splits(job.root).test, self.holdout, "audit", "hold-out"))
 
     def _reference(self, job: Job) -> Images:
         """Real images as they were before anything was condensed."""
-        return some_images(job.task.splits(job.root).train, REFERENCE_IMAGES, "audit", "reference")
+        return self._placed(some_images(job.task.splits(job.root).train, REFERENCE_IMAGES, "audit", "reference"))
 
     @staticmethod
     def _pixels(task: Task) -> PixelSpace:
