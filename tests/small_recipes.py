@@ -11,36 +11,29 @@ SMALL_AUDIT = {
     "portion": "0.1",
     "max_steps": "5",
 }
-SMALL_CONDENSING = (
-    "per_class: 1, iterations: 1, batch_real: 16, network: {name: blocknet, width: 4, norm: none, hidden: 8"
-)
+SMALL_NETWORK = "{name: blocknet, width: 4, norm: none, hidden: 8}"
 
 
-def small_audit(step: str, method: str = "dc", network: str = "") -> tuple[str, ...]:
+def small_audit(step: str, method: str = "dc") -> tuple[str, ...]:
     """Overrides of an audit that condenses."""
-    condense = f"{{condense: {{method: {method}, {SMALL_CONDENSING}{network}}}}}}}"
-    changes = SMALL_AUDIT | {"condense": condense}
+    size = "per_class: 1, iterations: 1, batch_real: 16"
+    changes = SMALL_AUDIT | {"condense": f"{{condense: {{method: {method}, {size}, network: {SMALL_NETWORK}}}}}"}
     return tuple(f"steps.{step}.{name}={value}" for name, value in changes.items())
 
 
-def small_condensing(network: str = "") -> tuple[str, ...]:
-    """Overrides of a condensing by gradient matching."""
-    return (
-        "steps.condense.per_class=1",
-        "steps.condense.iterations=1",
-        "steps.condense.batch_real=16",
-        f"steps.condense.network={{name: blocknet, width: 4, norm: none, hidden: 8{network}}}",
-    )
-
-
-COLOUR = ", in_channels: 3, image_size: 32"
+SMALL_GRADIENT_MATCHING = (
+    "steps.condense.per_class=1",
+    "steps.condense.iterations=1",
+    "steps.condense.batch_real=16",
+    f"steps.condense.network={SMALL_NETWORK}",
+)
 SMALL: dict[str, tuple[str, ...]] = {
     "dd_backdoor": (
         "task.train_limit=600",
         "task.test_limit=200",
         "model.width=4",
         "model.hidden=8",
-        *small_condensing(),
+        *SMALL_GRADIENT_MATCHING,
         "steps.train.epochs=2",
         *small_audit("naive"),
         *small_audit("doorping"),
@@ -50,7 +43,7 @@ SMALL: dict[str, tuple[str, ...]] = {
         "task.test_limit=200",
         "model.width=4",
         "model.hidden=8",
-        *small_condensing(),
+        *SMALL_GRADIENT_MATCHING,
         "steps.train.epochs=2",
         *small_audit("audit_backdoor", "dm"),
     ),
@@ -59,10 +52,10 @@ SMALL: dict[str, tuple[str, ...]] = {
         "task.test_limit=100",
         "model.width=4",
         "model.hidden=8",
-        *small_condensing(COLOUR),
+        *SMALL_GRADIENT_MATCHING,
         "steps.train.max_steps=1",
-        *small_audit("naive", network=COLOUR),
-        *small_audit("doorping", network=COLOUR),
+        *small_audit("naive"),
+        *small_audit("doorping"),
     ),
     "quickstart": (
         "model.widths=[8]",
