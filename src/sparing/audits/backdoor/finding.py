@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from sparing.audits.backdoor.pixels import PixelSpace
 from sparing.core.errors import InvalidValue
 from sparing.core.randomness import derive_seed, isolated_rng
+
+if TYPE_CHECKING:
+    from sparing.core.training.fit import Keeper
 
 Level = Literal["model", "input", "data"]
 Verdict = Literal["evidence", "no evidence", "mitigated", "not mitigated", "not applicable"]
@@ -63,6 +66,8 @@ class Subject:
     stamps: tuple[Stamp, ...] = ()
     """Triggers to try the input-level defences with."""
     seed: int = 0
+    keeper: Keeper | None = None
+    """Where a defence that takes long keeps how far it is, and goes on from."""
 
     def halves(self) -> tuple[Images, Images]:
         """The hold-out cut in two at random: one half to fit a defence to, the other to judge it by."""

@@ -393,15 +393,17 @@ class AuditBackdoor(Step):
         pixels, store = self._pixels(job.task), job.store
 
         def ask(defence: Defence, subject: Subject) -> Finding:
+            name = f"{where}-{defence.name}"
+
             def judged() -> dict[str, Any]:
                 try:
-                    return packed(defence.examine(subject))
+                    return packed(defence.examine(replace(subject, keeper=store.progress(name))))
                 except InvalidValue as error:  # e.g. a network without convolutions
                     if self.defences != "all":
                         raise
                     return packed(defence.not_applicable(str(error)))
 
-            return unpacked(store.once(f"{where}-{defence.name}", judged, FINDING), pixels)
+            return unpacked(store.once(name, judged, FINDING), pixels)
 
         return BackdoorAudit(self._defences(), ask)
 
