@@ -27,7 +27,7 @@ apidoc_modules = [
     {
         "path": "../src/sparing",
         "destination": "api",
-        "separate_modules": True,
+        "separate_modules": False,
         "module_first": True,
         "max_depth": 3,
     }

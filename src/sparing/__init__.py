@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from sparing.optimization.leap_lightning import LEAPCallback
     from sparing.optimization.schedules import WarmupCosine
     from sparing.tasks.custom import CustomTask
-    from sparing.tasks.graphs import NodeClassification
+    from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
     from sparing.tasks.text.spans import postprocess_spans, squad_metrics
@@ -177,7 +177,7 @@ _HOMES = {
     "sparing.optimization.label_smoothing": ("SmoothLabels",),
     "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.tasks.custom": ("CustomTask",),
-    "sparing.tasks.graphs": ("NodeClassification",),
+    "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
     "sparing.tasks.text.spans": ("postprocess_spans", "squad_metrics"),
@@ -216,6 +216,7 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "GraphClassification",
     "GraphSetCondenser",
     "ImageClassification",
     "ImageCondenser",

@@ -43,6 +43,29 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.graphs.published:Citeseer",
             "Citeseer: papers on computer science and their citations, 6 subjects (split of Yang et al. 2016).",
         ),
+        "mutag": Part(
+            "sparing.tasks.graphs.sets:Mutag",
+            "MUTAG: 188 molecules of up to 28 atoms, mutagenic or not (Debnath et al. 1991, in the form of TUDataset).",
+        ),
+        "nci1": Part(
+            "sparing.tasks.graphs.sets:NCI1",
+            "NCI1: 4,110 molecules, active against lung cancer cells or not (Wale and Karypis 2006, as in TUDataset).",
+        ),
+        "proteins": Part(
+            "sparing.tasks.graphs.sets:Proteins",
+            "PROTEINS: 1,113 proteins as graphs of their helices, sheets and turns, enzymes or not (Borgwardt et al. "
+            "2005).",
+        ),
+        "dd": Part(
+            "sparing.tasks.graphs.sets:DD",
+            "D&D: 1,178 proteins as graphs of their amino acids, enzymes or not (Dobson and Doig 2003, as in "
+            "TUDataset).",
+        ),
+        "tu_folder": Part(
+            "sparing.tasks.graphs.sets:TuFolder",
+            "Your own graphs: a folder of text files as those of the TUDataset collection, or an npz of the same "
+            "content.",
+        ),
         "sst2": Part(
             "sparing.tasks.text.published:SST2",
             "SST-2: phrases of film reviews, negative or positive (Socher et al. 2013, in the form of GLUE).",
@@ -172,6 +195,10 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
+        "graph_gcn": Part(
+            "sparing.models.gnn:GraphClassifier",
+            "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
+        ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(
             "sparing.models.mobilenet:MobileNet",

@@ -14,10 +14,11 @@ from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
 from sparing.core.predictor.preprocessing import Preprocessing
+from sparing.data.graphs import PackedGraphs
 from sparing.data.images import LabelledImages
 from sparing.data.preprocessing import ChannelsFirst, Decode, ToFloat
 from sparing.tasks.images.digits import Digits
-from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, tiny_task
+from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, graph_of, tiny_task
 
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
 BLOCKS = {"name": "blocknet", "num_classes": 3, "image_size": 8, "width": 4, "depth": 1}
@@ -262,6 +263,22 @@ def text_table(place: Path) -> Path:
     return path
 
 
+def tu_files(place: Path) -> Path:
+    """A folder of TU's text files: the paths and rings of :class:`TinyGraphs`, numbered nodes and a number of each."""
+    packed = PackedGraphs.of(TinyGraphs().read(None))
+    owner = torch.repeat_interleave(torch.arange(len(packed)), packed.sizes)
+    tables = {
+        "A": packed.together().edge_index.T + 1,
+        "graph_indicator": owner[:, None] + 1,
+        "graph_labels": packed.y[:, None] * 2 - 1,
+        "node_labels": (torch.arange(len(owner)) - packed.node_ptr[owner])[:, None],
+        "node_attributes": packed.x,
+    }
+    for name, rows in tables.items():
+        (place / f"RINGS_{name}.txt").write_text("\n".join(", ".join(map(str, row)) for row in rows.tolist()), "ascii")
+    return place
+
+
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
@@ -269,6 +286,11 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
+    "mutag": lambda data, scratch: TaskCase(lambda: registered_task("mutag"), data),
+    "nci1": lambda data, scratch: TaskCase(lambda: registered_task("nci1"), data),
+    "proteins": lambda data, scratch: TaskCase(lambda: registered_task("proteins"), data),
+    "dd": lambda data, scratch: TaskCase(lambda: registered_task("dd"), data),
+    "tu_folder": lambda data, scratch: TaskCase(lambda: registered_task("tu_folder", path=str(tu_files(scratch)))),
     "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
     "ag_news": lambda data, scratch: TaskCase(lambda: registered_task("ag_news", train_limit=2000), data),
     "trec": lambda data, scratch: TaskCase(lambda: registered_task("trec"), data),
@@ -285,7 +307,22 @@ TASKS = {
 }
 """Name → (data folder, scratch folder) → case."""
 NEEDS_DATA = frozenset(
-    {"fashion_mnist", "cifar10", "sign_digits", "cora", "citeseer", "sst2", "ag_news", "trec", "masked_lm", "squad"}
+    {
+        "fashion_mnist",
+        "cifar10",
+        "sign_digits",
+        "cora",
+        "citeseer",
+        "mutag",
+        "nci1",
+        "proteins",
+        "dd",
+        "sst2",
+        "ag_news",
+        "trec",
+        "masked_lm",
+        "squad",
+    }
 )
 
 
@@ -305,6 +342,7 @@ MODELS = {
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
+    "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
     "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),

@@ -22,7 +22,6 @@ NOT_BY_NAME = {
     "AdjacencySGC": "takes an adjacency matrix, which no task's batch holds",
     "CustomTask": "is made of live data sets and functions",
     "ExitTask": "is another task as a network with exits sees it",
-    "GraphClassifier": "is a class of its own until there is a task on sets of graphs",
     "ImageClassification": "is the base of image tasks",
     "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
+from sparing.core.predictor import to_onnx
 from sparing.models.gnn import (
     GCN,
     AdjacencyGCN,
@@ -17,6 +18,7 @@ from sparing.models.gnn import (
     normalised_edges,
     normalised_sparse,
 )
+from sparing.testing import TinyGraphs
 
 NODES, FEATURES = 6, 5
 
@@ -35,6 +37,11 @@ def batch(count: int = 4, loops: bool = False) -> tuple[Tensor, Tensor, Tensor, 
     return x, adjacency, x.flatten(0, 1), edges, torch.arange(count).repeat_interleave(NODES)
 
 
+def pointer(count: int) -> Tensor:
+    """First node of each of these graphs, and the number of nodes."""
+    return torch.arange(count + 1) * NODES
+
+
 @pytest.mark.parametrize("loops", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"pooling": "sum"}, {"norm": "instance"}, {"depth": 1}], ids=str)
 def test_dense_and_sparse_agree_in_answers_and_gradients(fields: dict, loops: bool) -> None:
@@ -43,7 +50,8 @@ def test_dense_and_sparse_agree_in_answers_and_gradients(fields: dict, loops: bo
     model = GraphClassifier(FEATURES, 3, hidden=7, **fields)
     for conv in model.convs:
         nn.init.normal_(conv.bias)
-    dense, sparse = model.forward_dense(x, adjacency), model(nodes, edges, owner)
+    dense, sparse = model.forward_dense(x, adjacency), model.forward_sparse(nodes, edges, owner)
+    torch.testing.assert_close(model(nodes, edges, pointer(len(x))), sparse, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(dense, sparse, rtol=1e-5, atol=1e-6)
     parameters = list(model.parameters())
     for one, other in zip(
@@ -52,7 +60,7 @@ def test_dense_and_sparse_agree_in_answers_and_gradients(fields: dict, loops: bo
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    alone = model(nodes[:NODES], edges[:, (edges < NODES).all(0)])
+    alone = model.forward_sparse(nodes[:NODES], edges[:, (edges < NODES).all(0)])
     torch.testing.assert_close(alone, dense[:1], rtol=1e-5, atol=1e-6)
 
 
@@ -115,9 +123,11 @@ def test_refuses_what_does_not_fit() -> None:
     for call, message in (
         (lambda: model.forward_dense(nodes, adjacency), r"features of shape \(24, 5\); \(n, N, 5\)"),
         (lambda: model.forward_dense(x, adjacency[:, :2]), r"adjacencies of shape \(4, 2, 6\); \(4, 6, 6\)"),
-        (lambda: model(nodes[:, :2], edges, owner), r"features of shape \(24, 2\); \(nodes, 5\)"),
-        (lambda: model(nodes, edges.float(), owner), "edges of type torch.float32"),
-        (lambda: model(nodes, edges, owner[:3]), r"batch of shape \(3,\); \(24,\)"),
+        (lambda: model(nodes[:, :2], edges, pointer(4)), r"features of shape \(24, 2\); \(nodes, 5\)"),
+        (lambda: model(nodes, edges.float(), pointer(4)), "edges of type torch.float32"),
+        (lambda: model(nodes, edges, pointer(4).float()), r"node_ptr of type torch.float32 and shape \(5,\)"),
+        (lambda: model(nodes, edges, pointer(4)[:1]), r"shape \(1,\); whole numbers \(graphs \+ 1,\)"),
+        (lambda: model.forward_sparse(nodes, edges, owner[:3]), r"batch of shape \(3,\); \(24,\)"),
         (lambda: GraphClassifier(FEATURES, 3, depth=0), "depth = 0"),
         (lambda: GraphClassifier(FEATURES, 3, pooling="max"), "pooling = 'max'"),
         (lambda: AdjacencySGC(FEATURES, 3)(x[0], [None]), "1 blocks; one for each of 2 propagations"),
@@ -128,10 +138,30 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def test_exports_for_any_number_of_graphs_without_sparse_matrices() -> None:
-    *_, nodes, edges, owner = batch()
+    *_, nodes, edges, _ = batch()
     model = GraphClassifier(FEATURES, 3, hidden=4).eval()
     free = torch.export.Dim.DYNAMIC
-    program = torch.export.export(model, (nodes, edges, owner), dynamic_shapes=({0: free}, {1: free}, {0: free}))
+    program = torch.export.export(model, (nodes, edges, pointer(4)), dynamic_shapes=({0: free}, {1: free}, {0: free}))
     assert not [node for node in program.graph.nodes if "sparse" in str(node.target)]
-    *_, nodes, edges, owner = batch(7)
-    torch.testing.assert_close(program.module()(nodes, edges, owner), model(nodes, edges, owner))
+    *_, nodes, edges, _ = batch(7)
+    torch.testing.assert_close(program.module()(nodes, edges, pointer(7)), model(nodes, edges, pointer(7)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"pooling": "sum", "norm": "instance"}], ids=str)
+def test_an_onnx_graph_answers_any_graphs(fields: dict) -> None:
+    """One node, no edge, one graph of many and many graphs, though two and three graphs were its examples."""
+    torch.manual_seed(0)
+    model = GraphClassifier(2, 2, hidden=4, **fields).eval()
+    graph = to_onnx(model, task=TinyGraphs())
+    assert graph.origin["exporter"] == "trace"
+    scatters = [node for node in graph.graph().graph.node if node.op_type.startswith("Scatter")]
+    assert {node.op_type for node in scatters} == {"ScatterND"}
+    none = torch.empty(2, 0, dtype=torch.int64)
+    for x, edges, ptr in (
+        (torch.rand(1, 2), none, [0, 1]),
+        (torch.rand(6, 2), none, [0, 1, 2, 6]),
+        (torch.rand(9, 2), torch.randint(9, (2, 40)), [0, 9]),
+        (torch.rand(40, 2), torch.randint(2, (2, 30)), list(range(0, 41, 2))),
+    ):
+        expected = model(x, edges, torch.tensor(ptr)).detach().numpy()
+        np.testing.assert_allclose(graph(x, edges, torch.tensor(ptr)), expected, rtol=1e-4, atol=1e-6)

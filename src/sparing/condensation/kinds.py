@@ -16,14 +16,28 @@ from torch.utils.data import TensorDataset
 from sparing.condensation.allocation import LabelAllocation, allocate_labels, rows_for_all
 from sparing.condensation.coresets import CoresetSelector, Strategy
 from sparing.condensation.evaluation import embed_images
+from sparing.condensation.graph_evaluation import (
+    EDGE_THRESHOLDS,
+    evaluate_condensed_nodes,
+    graph_embeddings,
+    without_light_edges,
+)
+from sparing.condensation.graphs import GraphSetCondenser
 from sparing.condensation.images import ImageCondenser, labelled_images
-from sparing.condensation.pictures import image_sheet
+from sparing.condensation.nodes import NodeCondenser, check_node_data
+from sparing.condensation.pictures import beside, graph_picture, image_sheet
 from sparing.condensation.saved import CondensedSet, Kind, data_of, tensors_of
 from sparing.condensation.unrolled import LearnedSteps, UnrolledCondenser
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect, did_you_mean, shown
+from sparing.core.store import JSON
 from sparing.core.training import Train, fit
+from sparing.data.graphs import PackedGraphs, graph_data
+from sparing.data.nodes import NodeSet
+from sparing.models.gnn import GCN
 
 if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
     from sparing.condensation.step import Condense
     from sparing.core.job import Job
     from sparing.core.store import Progress
@@ -39,6 +53,10 @@ FIELDS = (
 """Fields of the step that are a condenser's arguments."""
 OWN = frozenset({"method", "network", "callbacks", "random_state"})
 """Arguments that the step gives itself."""
+DRAWN = 150
+"""Most nodes of one graph in a drawing."""
+BESIDE = 2
+"""Condensed and real graphs of each class that are drawn."""
 Pictures = list[tuple[str, np.ndarray, str]]
 """(title, pixels, caption) of each."""
 
@@ -124,6 +142,8 @@ class DataKind(ABC):
             raise InvalidValue(f"embed_epochs = {step.embed_epochs}: only herding and k_center compare embeddings")
         if step.network is not None and method == "random":
             raise InvalidValue(f"network = {step.network!r}: random looks at no network")
+        if step.edge_threshold is not None and not self.weighted():
+            raise InvalidValue(f"edge_threshold = {step.edge_threshold}: {method} gives no weights of edges here")
         for name in step.settings:
             if name in (*FIELDS, *ARGUMENTS.values(), *OWN):
                 raise InvalidValue(f"settings has {name!r}, which is a field of the step, or its own affair")
@@ -134,7 +154,11 @@ class DataKind(ABC):
                 )
         return {**own, **{ARGUMENTS.get(name, name): value for name, value in given.items()}, **step.settings}
 
-    def condenser(self, seed: int, counts: Sequence[int] = (), factory: Any = None) -> Any:
+    def weighted(self) -> bool:
+        """Whether what is made has edges of different weights, of which light ones may be cut."""
+        return False
+
+    def condenser(self, seed: int, factory: Any = None) -> Any:
         """What does it: a condenser; of core sets the arguments of their allocation, which are checked with it."""
         arguments = self.arguments()
         if self.method in CORE_SETS:
@@ -282,8 +306,8 @@ class DataKind(ABC):
     def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
         """The condensed set, to look at."""
 
-    def finished(self, job: Job, made: Made) -> Made:
-        """What is made by what comes after the condensing itself."""
+    def finished(self, job: Job, made: Made, real: Real) -> Made:
+        """The set after what is chosen on validation data."""
         return made
 
     def refuse(self, found: CondensedSet, reason: str) -> IncompatibleStep:
@@ -461,7 +485,317 @@ class ImageKind(DataKind):
         return [("condensed images", image_sheet(images, labels, low, high), caption)]
 
 
-KINDS: tuple[type[DataKind], ...] = (ImageKind,)
+# --- nodes of one graph ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RealNodes(Real):
+    """A PyG graph with ``train_mask`` and ``val_mask``, and its training nodes."""
+
+    nodes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Their numbers, (n,)."""
+
+
+class NodeKind(DataKind):
+    """Nodes of one graph."""
+
+    capability = "node_classification"
+    saved = "node_graph"
+    units = "nodes"
+    condensers = {  # noqa: RUF012
+        "one_step": (NodeCondenser, {}),
+        "multi_step": (
+            NodeCondenser,
+            {
+                "network": "sgc",
+                "distance": "layer_cos",
+                "outer_steps": 20,
+                "inner_steps": 15,
+                "lr_feat": 1e-4,
+                "lr_adj": 1e-4,
+                "max_iter": 600,
+            },
+        ),
+    }
+    default = "one_step"
+    default_size = {"rate": 0.5}  # noqa: RUF012
+    network_name = "gcn"
+    recipe = {  # noqa: RUF012
+        "epochs": 600,
+        "optimizer": "Adam",
+        "lr": 0.01,
+        "weight_decay": 5e-4,
+        "validate_every": 10,
+    }
+
+    def weighted(self) -> bool:
+        """The generator gives each edge a weight."""
+        return self.method in self.condensers and self.step.settings.get("structure", "generator") == "generator"
+
+    def arguments(self) -> dict[str, Any]:
+        """The network is matched as a matrix product, by its name."""
+        found = super().arguments()
+        if self.step.network is None or self.method in CORE_SETS:
+            return found
+        name, own = self.step.named_network()
+        if name not in ("gcn", "sgc") or own.keys() - ({"hidden"} if name == "gcn" else set()):
+            raise IncompatibleStep(
+                f"{self.step.id!r}: network = {self.step.network!r}; nodes are condensed with 'gcn' ({{name: gcn, "
+                "hidden: 256}}) or 'sgc'"
+            )
+        return {**found, "network": name, **own}
+
+    def check_network(self) -> None:
+        """Only core sets are compared by a registered model."""
+        if self.method in CORE_SETS:
+            super().check_network()
+
+    def read(self, job: Job) -> RealNodes:
+        """The graph of the training and validation nodes, with the labels of these alone."""
+        train, val = job.train, job.val
+        if not isinstance(train, NodeSet) or not isinstance(val, NodeSet):
+            raise IncompatibleStep(
+                f"{self.step.id!r}: the training data are a {type(train).__name__}; nodes of one graph (a NodeSet) are "
+                "needed"
+            )
+        y = torch.zeros(len(train.x), dtype=torch.int64)
+        y[train.nodes], y[val.nodes] = train.labels, val.labels
+        data = graph_data(train.x, train.edge_index, y, train.edge_weight)
+        for name, nodes in (("train_mask", train.nodes), ("val_mask", val.nodes)):
+            mask = torch.zeros(len(y), dtype=torch.bool)
+            mask[nodes] = True
+            data[name] = mask
+        data.test_mask = data.val_mask  # what is chosen is chosen on validation nodes
+        check_node_data(data)
+        # in the graph's order, as the masks have them
+        order = train.nodes.argsort()
+        size = nbytes({"x": train.x, "edge_index": train.edge_index, "y": y})
+        return RealNodes(data, train.labels[order], self.counted(train.labels), size, train.nodes[order])
+
+    def learn(self, job: Job, real: Real, device: torch.device, progress: Progress) -> Made:
+        """By one-step matching or GCond; all edges are kept, whatever they weigh."""
+        condenser = self.condenser(job.seed)
+        condenser.fit(real.data.to(device), keeper=progress)
+        graph = condenser.condensed_.cpu()
+        record = {
+            "settings": condenser.settings(),
+            "loss_curve": condenser.loss_curve_,
+            "rows": condenser.initial_,
+            "bytes_before": real.bytes,
+            "bytes_after": nbytes(tensors_of(graph)[1]),
+        }
+        return Made(graph, graph.y, record)
+
+    def finished(self, job: Job, made: Made, real: Real) -> Made:
+        """Without light edges."""
+        if not self.weighted():
+            return made
+        cut = self.step.edge_threshold
+        if cut is None:
+            scores = job.store.once("edge_threshold", lambda: self.compared(job, made, real), JSON)
+            best = max(scores, key=lambda entry: (entry["val accuracy"], -entry["edge_threshold"]))
+            cut = best["edge_threshold"]
+            job.notes.candidates.extend({**entry, "chosen": entry is best} for entry in scores)
+        graph = without_light_edges(made.data, cut)
+        record = {**made.record, "edge_threshold": cut, "bytes_after": nbytes(tensors_of(graph)[1])}
+        return Made(graph, made.labels, record)
+
+    def compared(self, job: Job, made: Made, real: Real) -> list[dict[str, Any]]:
+        """What networks that learn from the graph with different cuts score on the validation nodes."""
+        features, classes = real.data.x.shape[1], len(real.counts)
+        scores, seen = [], set()
+        for cut in EDGE_THRESHOLDS:
+            edges = without_light_edges(made.data, cut).edge_index.shape[1]
+            if edges in seen:
+                continue
+            seen.add(edges)
+            (score,) = evaluate_condensed_nodes(
+                *(made.data, real.data, {"gcn": lambda: GCN(features, classes, hidden=256)}),
+                [job.seed],
+                edge_thresholds=[cut],
+                validate_every=10,
+            )
+            name = f"edges of at least {cut:g}"
+            scores.append({"name": name, "edge_threshold": cut, "edges": edges, "val accuracy": score.validation})
+        return scores
+
+    def subset(self, real: RealNodes, rows: Tensor) -> Data:  # type: ignore[override]
+        """Real nodes and the edges among them."""
+        nodes, data = real.nodes[rows], real.data
+        place = torch.full((len(data.y),), -1)
+        place[nodes] = torch.arange(len(nodes))
+        ends = place[data.edge_index]
+        kept = (ends >= 0).all(0)
+        weight = data.get("edge_weight")
+        x = data.x.index_select(0, nodes).to_dense()
+        return graph_data(x, ends[:, kept], data.y[nodes], None if weight is None else weight[kept])
+
+    def embed(self, job: Job, real: RealNodes) -> Tensor:  # type: ignore[override]
+        """What enters the last layer."""
+        from sparing.core.predictor import build_model
+        from sparing.core.randomness import isolated_rng
+
+        with isolated_rng("embedding network", job.seed):
+            network = self.build() if self.step.network is not None else build_model("gcn", self.task, hidden=256)
+        layers = getattr(network, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise IncompatibleStep(
+                f"{self.step.id!r}: network = {self.step.network!r} has no layers; gcn, gat or sage can be compared by"
+            )
+        network = self.trained(job, network, job.train, job.val)
+        seen: list[Tensor] = []
+        handle = layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        with torch.no_grad():
+            network(real.data.x, real.data.edge_index)
+        handle.remove()
+        return seen[0].to_dense()[real.nodes]
+
+    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+        """A graph with the task's features and classes."""
+        if found.kind != "node_graph":
+            raise self.refuse(found, f"{found.kind}; one graph is needed for {self.task.name!r}")
+        graph, width = found.data, real.data.x.shape[1]
+        if graph.x.shape[1] != width or not 0 <= int(graph.y.min()) <= int(graph.y.max()) < len(real.counts):
+            raise self.refuse(
+                found,
+                f"{graph.x.shape[1]} features and classes up to {int(graph.y.max())}; {self.task.name!r} has {width} "
+                f"and the classes 0…{len(real.counts) - 1}",
+            )
+        if not graph.x.isfinite().all():
+            raise self.refuse(found, "features that are not finite")
+        return Made(graph, graph.y, {"bytes_after": nbytes(tensors_of(graph)[1])})
+
+    def training_set(self, job: Job, made: Made) -> NodeSet:
+        """Every node of the condensed graph."""
+        graph = made.data
+        return NodeSet(graph.x, graph.edge_index, torch.arange(len(graph.y)), graph.y, graph.get("edge_weight"))
+
+    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+        """The condensed graph beside a part of the real one."""
+        graph, data = made.data, real.data
+        kinds = torch.where(data.train_mask, data.y, -1)
+        nodes = data.train_mask.nonzero().flatten()[:DRAWN]
+        source, target = data.edge_index
+        around = torch.cat([nodes, target[torch.isin(source, nodes)]])
+        part = torch.tensor(list(dict.fromkeys(around.tolist()))[:DRAWN])
+        real_part = self.subset(RealNodes(data, kinds, [], 0, torch.arange(len(kinds))), part)
+        few = torch.arange(min(len(graph.y), DRAWN))
+        inside = (graph.edge_index < len(few)).all(0)
+        drawn = [
+            graph_picture(len(few), graph.edge_index[:, inside], graph.y[few], side=480),
+            graph_picture(len(part), real_part.edge_index, kinds[part], side=480),
+        ]
+        caption = (
+            f"left the condensed graph ({len(graph.y)} nodes, {graph.edge_index.shape[1]} edges counted in each "
+            f"direction), right {len(part)} of the {len(kinds)} real nodes; colours are classes, grey where none is "
+            "known in training"
+        )
+        return [("condensed graph", beside([drawn]), caption)]
+
+
+# --- sets of graphs ---------------------------------------------------------------------------------------------------
+
+
+class GraphKind(DataKind):
+    """Graphs with a class each."""
+
+    capability = "graph_classification"
+    saved = "graphs"
+    units = "graphs"
+    condensers = {  # noqa: RUF012
+        "one_step": (GraphSetCondenser, {}),
+        "multi_step": (GraphSetCondenser, {"outer_steps": 5, "inner_steps": 10}),
+    }
+    default = "one_step"
+    default_size = {"per_class": 10}  # noqa: RUF012
+    network_name = "graph_gcn"
+    recipe = {"epochs": 500, "batch_size": 128, "optimizer": "Adam", "lr": 1e-3}  # noqa: RUF012
+
+    def network(self) -> nn.Module:
+        """A fresh network."""
+        from sparing.core.predictor import build_model
+
+        return self.build() if self.step.network is not None else build_model(self.network_name, self.task)
+
+    def check_network(self) -> None:
+        """Graphs are matched as edges and as matrices."""
+        from sparing.core.predictor import outline
+
+        network = outline(self.network)
+        for name in ("forward_dense", "forward_sparse", "embed_sparse"):
+            if not callable(getattr(network, name, None)):
+                raise IncompatibleStep(
+                    f"{self.step.id!r}: network = {self.step.network!r} has no {name}; graph_gcn is one that has"
+                )
+
+    def read(self, job: Job) -> Real:
+        """The graphs in one piece."""
+        graphs = PackedGraphs.of(job.train)
+        return Real(graphs, graphs.y, self.counted(graphs.y), nbytes(graphs.tensors()))
+
+    def learn(self, job: Job, real: Real, device: torch.device, progress: Progress) -> Made:
+        """By DosCond, or by DCG."""
+        condenser = self.condenser(job.seed, factory=self.network)
+        graphs = PackedGraphs(**{name: tensor.to(device) for name, tensor in real.data.tensors().items()})
+        condenser.fit(graphs, keeper=progress)
+        made = PackedGraphs.of([graph.cpu() for graph in condenser.condensed_])
+        record = {
+            "settings": {**condenser.settings(), "network": self.step.network or self.network_name},
+            "loss_curve": condenser.loss_curve_,
+            "rows": condenser.initial_,
+            "sparsity": condenser.sparsity_,
+            "bytes_before": real.bytes,
+            "bytes_after": nbytes(made.tensors()),
+        }
+        return Made(made, made.y, record)
+
+    def subset(self, real: Real, rows: Tensor) -> PackedGraphs:
+        """Real graphs at their true sizes."""
+        return real.data.subset(rows)
+
+    def embed(self, job: Job, real: Real) -> Tensor:
+        """What enters the head: the pooled vector."""
+        from sparing.core.randomness import isolated_rng
+
+        with isolated_rng("embedding network", job.seed):
+            network = self.network()
+        return graph_embeddings(self.trained(job, network, real.data, job.val), real.data)
+
+    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+        """Graphs with the task's features and classes."""
+        if found.kind != "graphs":
+            raise self.refuse(found, f"{found.kind}; a set of graphs is needed for {self.task.name!r}")
+        graphs, width = PackedGraphs.of(list(found.data)), real.data.x.shape[1]
+        if graphs.x.shape[1] != width or int(graphs.y.max()) >= len(real.counts):
+            raise self.refuse(
+                found,
+                f"{graphs.x.shape[1]} features and classes up to {int(graphs.y.max())}; {self.task.name!r} has {width} "
+                f"and the classes 0…{len(real.counts) - 1}",
+            )
+        return Made(graphs, graphs.y, {"bytes_after": nbytes(graphs.tensors())})
+
+    def training_set(self, job: Job, made: Made) -> PackedGraphs:
+        """The graphs as they are."""
+        return made.data
+
+    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+        """Condensed graphs beside real ones, a row for each class."""
+        rows = []
+        for number in range(len(real.counts)):
+            row = []
+            for graphs in (made.data, real.data):
+                for index in (graphs.y == number).nonzero().flatten()[:BESIDE].tolist():
+                    graph = graphs[index]
+                    row.append(graph_picture(len(graph.x), graph.edge_index, graph.x.argmax(1)))
+            rows.append(row)
+        caption = (
+            f"a row for each class from {self.task.labels[0]!r} to {self.task.labels[-1]!r}: up to {BESIDE} condensed "
+            f"graphs, of {len(made.labels)} in all, then as many real ones; colours are each node's largest feature"
+        )
+        return [("condensed graphs beside real ones", beside(rows), caption)]
+
+
+KINDS: tuple[type[DataKind], ...] = (ImageKind, NodeKind, GraphKind)
 
 
 def kind_of(step: Condense, task: Task) -> DataKind:

@@ -18,7 +18,7 @@ COLOURS = (
     *((140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207)),
 )
 """Of nodes; kind 10 has that of kind 0 again."""
-GAP, EDGE, DOT = 6, (150, 150, 150), 4
+GAP, EDGE, UNKNOWN, DOT = 6, (150, 150, 150), (205, 205, 205), 4
 FINER = 3
 """Graphs are drawn so many times as large and then made smaller, which smooths lines."""
 
@@ -64,7 +64,7 @@ def graph_picture(nodes: int, edge_index: Int[Tensor, "2 e"], kinds: Int[Tensor,
     Args:
         nodes: how many.
         edge_index: their edges; directions and loops are not drawn.
-        kinds: of each node, from 0.
+        kinds: of each node, from 0; light grey where it is not known, below 0.
         side: pixels.
 
     Raises:
@@ -89,7 +89,10 @@ def graph_picture(nodes: int, edge_index: Int[Tensor, "2 e"], kinds: Int[Tensor,
         pen.line([*places[one], *places[other]], fill=EDGE, width=FINER)
     radius = FINER * (DOT if nodes <= 60 else DOT / 2)
     for (x, y), kind in zip(places, kinds.tolist(), strict=True):
-        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=COLOURS[kind % len(COLOURS)])
+        pen.ellipse(
+            [x - radius, y - radius, x + radius, y + radius],
+            fill=COLOURS[kind % len(COLOURS)] if kind >= 0 else UNKNOWN,
+        )
     return np.asarray(canvas.resize((side, side), Image.Resampling.LANCZOS))
 
 

@@ -81,9 +81,8 @@ class Condense(Step):
     """Passes over all training data for the network that ``herding`` and ``k_center`` compare samples by. None: as a
     network is trained on condensed data, 300 for images, 500 for sets of graphs, 600 for nodes."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the condenser by name: of :class:`~sparing.condensation.images.ImageCondenser`,
-    :class:`~sparing.condensation.unrolled.UnrolledCondenser` (``dd``),
-    :class:`~sparing.condensation.graphs.GraphSetCondenser` or :class:`~sparing.condensation.nodes.NodeCondenser`."""
+    """Further arguments by name of what condenses: ``ImageCondenser``, ``UnrolledCondenser`` for ``dd``,
+    ``GraphSetCondenser`` or ``NodeCondenser``."""
     device: str = "auto"
     """Where it is done, as torch names it; "auto": a GPU if there is one, else the CPU."""
 
@@ -173,7 +172,7 @@ class Condense(Step):
                 "condensed", lambda: kind.make(job, real, self._device()).stored(), codec
             )
             made = kind.restored(stored)
-            made = kind.finished(job, made)
+            made = kind.finished(job, made, real)
             cost = {"wall_s": job.store.cost.wall_s, "cpu_s": job.store.cost.cpu_s}
             provenance = {
                 "from": {"task": job.task.name, "data": job.data_key, "samples": len(real.labels)},

@@ -24,7 +24,8 @@ from sparing.core.energy import counter_missing, estimate_mj
 from sparing.core.errors import InvalidValue, SparingError, UntrustedCode
 from sparing.core.ledger import Figure
 from sparing.core.predictor import Description, ModulePredictor, Predictor, to_onnx
-from sparing.core.predictor.tree import leaves, map_leaves, to_numpy
+from sparing.core.predictor.module import samples_of
+from sparing.core.predictor.tree import map_leaves, to_numpy
 from sparing.core.probe import Probe, probe
 from sparing.core.statistics import group_gap, units_interval
 from sparing.core.step import field_problems
@@ -119,12 +120,12 @@ class Meter:
         figures: dict[str, Figure] = {}
         description = predictor.describe()
         with self._threads_of(predictor), tempfile.TemporaryDirectory(prefix="sparing-meter-") as scratch:
-            inputs = map_leaves(to_numpy, task.example_input(1))
-            timings = self._timings(task, predictor, inputs)
+            inputs, several = (map_leaves(to_numpy, task.example_input(count)) for count in (1, self.batch))
+            timings = self._timings(task, predictor, inputs, several)
             folder, refused = _saved(predictor, Path(scratch) / "model")
             found, missing = self._probe(folder, refused, inputs, predictor.runtime)
             figures |= _sizes(description, folder, refused)
-            figures |= _speed(timings, self.batch, self._together(task), self.threads, predictor)
+            figures |= _speed(timings, self.batch, self._together(predictor, several), self.threads, predictor)
             figures |= _memory(found, missing)
             figures[columns.ENERGY] = self._energy(description, found, missing)
         return figures
@@ -163,23 +164,22 @@ class Meter:
             threads=self.threads,
         )
 
-    def _timings(self, task: Examples, predictor: Predictor, inputs: tuple[Any, ...]) -> dict[str, Timing]:
+    def _timings(
+        self, task: Examples, predictor: Predictor, inputs: tuple[Any, ...], several: tuple[Any, ...]
+    ) -> dict[str, Timing]:
         calls: dict[str, Callable[[], Any]] = {"call": partial(predictor, *inputs)}
         raw = task.raw_example()
         if raw is not None and predictor.preprocessing is not None:
             calls["raw"] = partial(predictor.predict, raw)
-        calls["batch"] = partial(predictor, *map_leaves(to_numpy, task.example_input(self.batch)))
+        calls["batch"] = partial(predictor, *several)
         return self._clock(calls)
 
-    def _together(self, task: Examples) -> int:
-        """Samples in the throughput's batch: as for multiply-accumulates, the first dimension of the first input.
+    def _together(self, predictor: Predictor, inputs: tuple[Any, ...]) -> int:
+        """Samples in the throughput's batch: as for multiply-accumulates, as many as the predictor answers.
 
         It is more than the batch where one input holds many samples, as a graph holds nodes.
         """
-        first = next(
-            (leaf.shape[0] for _, leaf in leaves(task.example_input(self.batch)) if getattr(leaf, "ndim", 0)), 0
-        )
-        return max(first, self.batch)
+        return max(samples_of(predictor(*inputs), inputs), self.batch)
 
     def _probe(
         self, folder: Path | None, refused: str, inputs: tuple[Any, ...], runtime: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 
 from sparing.core.errors import DataError, InvalidValue
@@ -70,6 +70,19 @@ def macro_f1(predicted: Integer[ndarray, " n"], targets: Integer[ndarray, " n"],
     hits = np.bincount(targets[predicted == targets], minlength=classes)
     counts = np.bincount(predicted, minlength=classes) + np.bincount(targets, minlength=classes)
     return float((2 * hits[counts > 0] / counts[counts > 0]).mean())
+
+
+def roc_auc(scores: Float[ndarray, " n"], positive: Bool[ndarray, " n"]) -> float:
+    """Area under the ROC curve: how often a positive's score (N,) is above a negative's, ties counted half.
+
+    The Mann-Whitney statistic (Hanley and McNeil 1982, section II), from ranks; NaN without a positive or a negative.
+    """
+    count = int(positive.sum())
+    if count in (0, len(scores)):
+        return float("nan")
+    _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
 
 
 def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> Evaluation:

@@ -18,14 +18,18 @@ from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
 from sparing.data.squad import SQUAD, Question, read_published
 from sparing.data.text import AG_NEWS, SST2, TREC, read_ag_news, read_sst2, read_trec
+from sparing.data.tu import TU_SETS
+from sparing.data.tu import split_of as tu_split_of
 
 Reader = Callable[[Path, bool], tuple[Any, np.ndarray]]
-"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes (N,) or N texts; labels or numbers (N,))."""
+"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes or of graphs (N,), or N texts; labels (N,), or
+numbers)."""
 
 READERS: dict[str, tuple[Source, Reader]] = {
     FASHION_MNIST.name: (FASHION_MNIST, read_fashion_mnist),
     CIFAR10.name: (CIFAR10, read_cifar10),
     **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
+    **{name: (tu.source, partial(tu_split_of, name)) for name, tu in TU_SETS.items()},
     SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
     AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
     TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),

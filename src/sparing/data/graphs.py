@@ -16,18 +16,24 @@ if TYPE_CHECKING:
 
 
 class GraphBatch(NamedTuple):
-    """Some graphs side by side."""
+    """Some graphs side by side: the batch of a task on sets of graphs."""
 
     x: Tensor
     """Features of all nodes, float (nodes, F)."""
     edge_index: Tensor
-    """Source and target of each edge, int64 (2, E)."""
-    batch: Tensor
-    """The graph of each node, int64 (nodes,)."""
+    """Source and target of each edge, as numbers of all nodes, int64 (2, E)."""
+    node_ptr: Tensor
+    """First node of each graph, and the number of nodes: int64 (graphs + 1,)."""
     y: Tensor
     """The class of each graph, int64 (graphs,)."""
     edge_weight: Tensor | None = None
     """Float (E,), or None: all 1."""
+
+    @property
+    def batch(self) -> Tensor:
+        """The graph of each node, int64 (nodes,), as PyG's layers take it."""
+        sizes = self.node_ptr.diff()
+        return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
 
 
 def graph_data(x: Tensor, edge_index: Tensor, y: Tensor, edge_weight: Tensor | None = None) -> Data:
@@ -48,6 +54,11 @@ def _gather(pointer: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         torch.repeat_interleave(pointer[rows] - before, sizes) + torch.arange(int(sizes.sum()), device=rows.device),
         sizes,
     )
+
+
+def _pointer(sizes: Tensor) -> Tensor:
+    """(first item of each row, and the number of items): (n,) → (n + 1,)."""
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
 class PackedGraphs:
@@ -118,15 +129,35 @@ class PackedGraphs:
         """Nodes of each graph, (n,)."""
         return self.node_ptr[1:] - self.node_ptr[:-1]
 
-    def take(self, rows: Int[Tensor, " k"]) -> GraphBatch:
-        """The graphs at ``rows`` (k,), side by side in this order."""
+    def subset(self, rows: Int[Tensor, " k"]) -> PackedGraphs:
+        """The graphs at ``rows`` (k,), in this order, as a set of their own."""
         nodes, sizes = _gather(self.node_ptr, rows)
         edges, counts = _gather(self.edge_ptr, rows)
-        first = sizes.cumsum(0) - sizes
-        edge_index = self.edge_index[:, edges] + torch.repeat_interleave(first, counts)
-        batch = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), sizes)
-        weight = None if self.edge_weight is None else self.edge_weight[edges]
-        return GraphBatch(self.x[nodes], edge_index, batch, self.y[rows], weight)
+        return PackedGraphs(
+            self.x[nodes],
+            _pointer(sizes),
+            self.edge_index[:, edges],
+            _pointer(counts),
+            self.y[rows],
+            None if self.edge_weight is None else self.edge_weight[edges],
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> PackedGraphs:
+        """The graphs at several indices, without a loop over them; a data loader asks so."""
+        return self.subset(torch.tensor(indices, dtype=torch.int64, device=self.y.device))
+
+    def together(self) -> GraphBatch:
+        """All graphs side by side."""
+        first = self.node_ptr[:-1].repeat_interleave(self.edge_ptr.diff())
+        return GraphBatch(self.x, self.edge_index + first, self.node_ptr, self.y, self.edge_weight)
+
+    def take(self, rows: Int[Tensor, " k"]) -> GraphBatch:
+        """The graphs at ``rows`` (k,), side by side in this order."""
+        return self.subset(rows).together()
+
+    def fingerprint(self) -> list[Any]:
+        """All tensors."""
+        return [self.x, self.node_ptr, self.edge_index, self.edge_ptr, self.y, self.edge_weight]
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, as :meth:`from_tensors` takes it."""
@@ -150,6 +181,12 @@ class PackedGraphs:
             )
         for name, total in (("node_ptr", len(x)), ("edge_ptr", edges.shape[1])):
             pointer = tensors[name]
+            if (
+                name == "node_ptr"
+                and pointer.shape == (len(y) + 1,)
+                and (empty := (pointer.diff() == 0).nonzero()).numel()
+            ):
+                raise InvalidValue(f"graph {int(empty[0])}: no nodes; at least one is expected")
             if pointer.shape != (len(y) + 1,) or pointer[0] != 0 or pointer[-1] != total or (pointer.diff() < 0).any():
                 raise InvalidValue(f"{name} {shown(pointer.tolist())}; rising numbers from 0 to {total} are expected")
         weight = tensors.get("edge_weight")
@@ -159,6 +196,11 @@ class PackedGraphs:
         if ((edges < 0) | (edges >= sizes)).any():
             raise InvalidValue("edge_index names nodes that its graph does not have")
         return cls(**tensors)
+
+
+def join_graphs(graphs: Any) -> GraphBatch:
+    """:class:`PackedGraphs`, or a sequence of PyG ``Data`` that can be packed → a batch."""
+    return PackedGraphs.of(graphs).together()
 
 
 def _checked(item: Data, number: int, width: int | None, weighted: bool) -> int:

@@ -10,8 +10,9 @@ from sparing.core.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-NodeItem = tuple["Tensor", "Tensor", "Tensor", "Tensor"]
-"""(x (N, F), edge_index (2, E), number of the node (), its label ()); of a batch (…, …, (n,), (n,))."""
+NodeItem = tuple["Tensor", ...]
+"""(x (N, F), edge_index (2, E), number of the node (), its label (), and weights of the edges (E,) if there are); of a
+batch (…, …, (n,), (n,), …)."""
 
 
 class NodeSet:
@@ -24,9 +25,12 @@ class NodeSet:
         edge_index: source and target of each edge, int64 (2, E).
         nodes: numbers of this split's nodes, int64 (n,).
         labels: their classes, int64 (n,).
+        edge_weight: float (E,), or None: all edges weigh the same.
     """
 
-    def __init__(self, x: Tensor, edge_index: Tensor, nodes: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self, x: Tensor, edge_index: Tensor, nodes: Tensor, labels: Tensor, edge_weight: Tensor | None = None
+    ) -> None:
         if x.ndim != 2 or edge_index.ndim != 2 or len(edge_index) != 2:
             raise DataError(
                 f"x of shape {tuple(x.shape)} and edge_index of shape {tuple(edge_index.shape)}; (N, F) and (2, E) are "
@@ -36,28 +40,38 @@ class NodeSet:
             raise DataError(
                 f"{tuple(nodes.shape)} nodes and {tuple(labels.shape)} labels; one label for each node is expected"
             )
+        if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
+            raise DataError(f"edge_weight of shape {tuple(edge_weight.shape)}; ({edge_index.shape[1]},) is expected")
         for name, numbers in (("edge_index", edge_index), ("nodes", nodes)):
             if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(x):
                 raise DataError(
                     f"{name} holds {int(numbers.min())} … {int(numbers.max())}; x has the nodes 0 … {len(x) - 1}"
                 )
         self.x, self.edge_index, self.nodes, self.labels = x, edge_index, nodes, labels
+        self.edge_weight = edge_weight
 
     def __len__(self) -> int:
         """Nodes in the split, n."""
         return len(self.nodes)
 
     def __getitem__(self, index: int) -> NodeItem:
-        return self.x, self.edge_index, self.nodes[index], self.labels[index]
+        weights = () if self.edge_weight is None else (self.edge_weight,)
+        return self.x, self.edge_index, self.nodes[index], self.labels[index], *weights
 
     def fingerprint(self) -> list[Any]:
         """The graph, the nodes and their labels."""
-        return [self.x, self.edge_index, self.nodes, self.labels]
+        return [self.x, self.edge_index, self.nodes, self.labels, self.edge_weight]
 
 
 def join_nodes(items: Sequence[NodeItem]) -> NodeItem:
-    """Items of one :class:`NodeSet` → a batch: the graph once, nodes (n,) and labels (n,)."""
+    """Items of one :class:`NodeSet` → a batch: the graph once, nodes (n,) and labels (n,), weights once."""
     import torch
 
     x, edge_index = items[0][:2]
-    return x, edge_index, torch.stack([item[2] for item in items]), torch.stack([item[3] for item in items])
+    return (
+        x,
+        edge_index,
+        torch.stack([item[2] for item in items]),
+        torch.stack([item[3] for item in items]),
+        *items[0][4:],
+    )

@@ -247,6 +247,15 @@ def normalised_sparse(
     return torch.sparse_coo_tensor(edges.flip(0), weight, (nodes, nodes), check_invariants=False).coalesce()
 
 
+def graph_of_node(node_ptr: Int[Tensor, " n1"], nodes: int) -> Int[Tensor, " nodes"]:
+    """The graph of each of the N ``nodes`` (N,), from the first node of each graph and N, (graphs + 1,).
+
+    As ``repeat_interleave`` of the sizes, in operators that ONNX has.
+    """
+    inner = node_ptr[1:-1]
+    return node_ptr.new_zeros(nodes).index_add(0, inner, torch.ones_like(inner)).cumsum(0)
+
+
 class GraphConvolution(nn.Module):
     """One layer of a GCN without its propagation: X W and a bias that is added after it. W Glorot-uniform, bias 0."""
 
@@ -264,6 +273,9 @@ class GraphClassifier(nn.Module):
     the last. The same parameters serve dense adjacencies, through which gradients flow, and lists of edges, which cost
     as much as there are edges; both give the same for the same graphs. The defaults are those of Jin et al. 2022,
     arXiv:2206.07746.
+
+    Shapes: x (nodes, in_features), edge_index (2, E), node_ptr (graphs + 1,) [, edge_weight (E,)] → logits
+    (graphs, num_classes).
 
     Args:
         in_features: features of a node, F.
@@ -327,12 +339,7 @@ class GraphClassifier(nn.Module):
 
         Without ``batch`` all nodes are of one graph. Each graph up to the last named one has at least one node.
         """
-        self._check(x, "nodes", 2)
-        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
-            raise InvalidValue(
-                f"GraphClassifier: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole numbers "
-                "(2, E) are expected"
-            )
+        self._check_edges(x, edge_index)
         nodes = x.shape[0]
         if batch is None:
             batch = edge_index.new_zeros(nodes)
@@ -341,25 +348,43 @@ class GraphClassifier(nn.Module):
         # int() would make torch.export fix the number
         graphs: Any = batch.max().item() + 1 if nodes else 0
         torch._check(graphs >= 0)
+        return self._embed(x, edge_index, batch, graphs, edge_weight)
+
+    def _check_edges(self, x: Tensor, edge_index: Tensor) -> None:
+        self._check(x, "nodes", 2)
+        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
+            raise InvalidValue(
+                f"GraphClassifier: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole numbers "
+                "(2, E) are expected"
+            )
+
+    def _embed(
+        self, x: Tensor, edge_index: Tensor, batch: Tensor, graphs: int, edge_weight: Tensor | None
+    ) -> Float[Tensor, "graphs hidden"]:
+        nodes = x.shape[0]
         count = x.new_zeros(graphs).index_add(0, batch, x.new_ones(nodes))[:, None]
         edges, weight = normalised_edges(edge_index, nodes, edge_weight)
-        conv: Any
-        exporting = torch.compiler.is_compiling()
+        # ONNX has no product with a sparse matrix, which takes half the time
+        exporting = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
         if not exporting:
             smooth = torch.sparse_coo_tensor(edges.flip(0), weight, (nodes, nodes), check_invariants=False).coalesce()
+
+        def pooled(values: Tensor) -> Tensor:
+            return values.new_zeros(graphs, values.shape[1]).index_add(0, batch, values)
+
+        conv: Any
         for conv in self.convs:
             x = conv.lin(x)
-            if exporting:  # ONNX has no product with a sparse matrix, which takes half the time
+            if exporting:
                 x = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]] * weight[:, None])
             else:
                 x = torch.sparse.mm(smooth, x)
             x = x + conv.bias
             if self.norm:
-                x = x - (x.new_zeros(graphs, x.shape[1]).index_add(0, batch, x) / count)[batch]
-                x = x / (x.new_zeros(graphs, x.shape[1]).index_add(0, batch, x * x) / count + 1e-5).sqrt()[batch]
+                x = x - (pooled(x) / count)[batch]
+                x = x / (pooled(x * x) / count + 1e-5).sqrt()[batch]
             x = relu(x)
-        total = x.new_zeros(graphs, x.shape[1]).index_add(0, batch, x)
-        return total / count if self.pooling == "mean" else total
+        return pooled(x) / count if self.pooling == "mean" else pooled(x)
 
     def forward_dense(self, x: Float[Tensor, "..."], adj: Float[Tensor, "..."]) -> Float[Tensor, "graphs classes"]:
         """Features (n, N, F) and adjacencies (n, N, N) → logits (n, C)."""
@@ -376,10 +401,22 @@ class GraphClassifier(nn.Module):
         return self.head(self.embed_sparse(x, edge_index, batch, edge_weight))
 
     def forward(
-        self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "..."], batch: Shaped[Tensor, "..."] | None = None
+        self,
+        x: Float[Tensor, "..."],
+        edge_index: Shaped[Tensor, "..."],
+        node_ptr: Shaped[Tensor, "..."],
+        edge_weight: Float[Tensor, " e"] | None = None,
     ) -> Float[Tensor, "graphs classes"]:
-        """As :meth:`forward_sparse`."""
-        return self.forward_sparse(x, edge_index, batch)
+        """Features (nodes, F), edges (2, E), first node of each graph and their number (graphs + 1,) → (graphs, C)."""
+        self._check_edges(x, edge_index)
+        if node_ptr.ndim != 1 or node_ptr.shape[0] < 2 or node_ptr.is_floating_point():
+            raise InvalidValue(
+                f"GraphClassifier: node_ptr of type {node_ptr.dtype} and shape {tuple(node_ptr.shape)}; whole numbers "
+                "(graphs + 1,) are expected: the first node of each graph, and the number of nodes"
+            )
+        return self.head(
+            self._embed(x, edge_index, graph_of_node(node_ptr, x.shape[0]), node_ptr.shape[0] - 1, edge_weight)
+        )
 
 
 Adjacency = Tensor | Sequence[Tensor | None]

@@ -39,6 +39,8 @@ class ModelCase:
     """Whether it can be written as ONNX."""
     apart: bool = True
     """Whether each sample is answered by itself; not so the nodes of one graph."""
+    sample: Callable[[Any, int], Any] = lambda inputs, index: map_leaves(itemgetter(slice(index, index + 1)), inputs)
+    """(inputs, number of a sample) → the inputs of that sample alone."""
     free: tuple[str, ...] = ()
     """Fields that take any value of their type, so that none is refused."""
 
@@ -87,7 +89,7 @@ def answers_each_sample_alone(case: ModelCase, folder: Path) -> None:
             np.testing.assert_array_equal(one, other)
         return
     for index in range(3):
-        alone = flat(predictor(*map_leaves(itemgetter(slice(index, index + 1)), inputs)))
+        alone = flat(predictor(*case.sample(inputs, index)))
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_allclose(one[0], other[index], rtol=1e-4, atol=1e-5)
 

@@ -223,7 +223,8 @@ def its_items_are_sound(case: TaskCase, folder: Path) -> None:
     for name in ("train", "val", "calibration", "test"):
         part = getattr(case.splits, name)
         for index in range(len(Some(part, 8))):
-            for path, leaf in leaves(part[index]):
+            item = part[index]
+            for path, leaf in leaves(item.to_dict() if hasattr(item, "to_dict") else item):
                 numbers = np.asarray(to_numpy(leaf))
                 if numbers.dtype.kind == "f":
                     assert np.isfinite(numbers).all(), f"{name}[{index}] {path} is not finite"

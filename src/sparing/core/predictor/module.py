@@ -124,7 +124,7 @@ class ModulePredictor(Predictor):
     """A torch module in evaluation mode, on arrays.
 
     ``model`` is copied, so that what happens to it later does not change this predictor. ``example`` is a tuple of
-    model inputs for counting multiply-accumulates (its first dimension is the batch); default: the task's.
+    model inputs for counting multiply-accumulates; default: the task's.
     """
 
     kind: ClassVar[str] = "module"
@@ -418,7 +418,7 @@ def _layers(model: nn.Module, macs: Mapping[str, int]) -> Iterator[dict[str, Any
 def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     """(multiply-accumulates of one sample, the same by module name), by :data:`MACS_RULE`.
 
-    The batch size is the first dimension of the first input, and the count is divided by it.
+    The count is divided by the samples that the model answers: the first dimension of its first output.
     """
     counts, batch = count_operations(model, example)
     macs = {name: sum(operations.values()) // 2 // batch for name, operations in counts.items()}
@@ -428,7 +428,7 @@ def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[st
 def count_operations(
     model: nn.Module, example: tuple[Any, ...], formulas: Mapping[Any, Callable[..., int]] | None = None
 ) -> tuple[dict[str, dict[Any, int]], int]:
-    """({module name, "" for the whole model: {operator: operations}}, batch size).
+    """({module name, "" for the whole model: {operator: operations}}, samples answered).
 
     A product and the addition of it are two operations. ``formulas`` adds operators to those that torch's counter
     knows: operator → function of its arguments (shapes for tensors) and ``out_shape``, as the counter wants them. The
@@ -438,23 +438,32 @@ def count_operations(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sparing.core.predictor.tree import leaves
-
-    batch = next((leaf.shape[0] for _, leaf in leaves(example) if getattr(leaf, "ndim", 0)), 1)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     onednn = torch.backends.mkldnn.set_flags(_enabled=False)
     counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            copy.deepcopy(model).eval()(*_tensors_of(example, _device(model)))
+            answers = copy.deepcopy(model).eval()(*_tensors_of(example, _device(model)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.backends.mkldnn.set_flags(_enabled=onednn[0])
     prefix = f"{type(model).__name__}."
     counts = counter.get_flop_counts()
     by_module = {name.removeprefix(prefix): dict(ops) for name, ops in counts.items() if name.startswith(prefix)}
-    return {"": dict(counts.get("Global", {})), **by_module}, batch
+    return {"": dict(counts.get("Global", {})), **by_module}, samples_of(answers, example)
+
+
+def samples_of(answers: Any, inputs: Any) -> int:
+    """How many samples a model answered: the first dimension of its first output, or else of its first input.
+
+    Nodes of a graph, and graphs of a set, are samples that the inputs do not show.
+    """
+    from sparing.core.predictor.tree import leaves
+
+    return next(
+        (leaf.shape[0] for tree in (answers, inputs) for _, leaf in leaves(tree) if getattr(leaf, "ndim", 0)), 1
+    )
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,5 +1,6 @@
 """Tasks on graphs."""
 
 from sparing.tasks.graphs.nodes import NodeClassification
+from sparing.tasks.graphs.sets import GraphClassification
 
-__all__ = ["NodeClassification"]
+__all__ = ["GraphClassification", "NodeClassification"]

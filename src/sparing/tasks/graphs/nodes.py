@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +24,23 @@ if TYPE_CHECKING:
     from sparing.core.predictor import Predictor
 
 
+def _takes_weights(model: Any) -> bool:
+    """Whether a network has an argument for the weights of edges; a teacher's is that of the network it wraps."""
+    from sparing.distillation.logits import Teacher
+
+    inner = model.model if isinstance(model, Teacher) else model
+    return "edge_weight" in inspect.signature(getattr(inner, "forward", inner)).parameters
+
+
 class NodeClassification(Task):
     """Classes of the nodes of one graph; headline: accuracy.
 
     A subclass sets the class variables and reads its graph in :meth:`read`. A split is a :class:`NodeSet`: every sample
     is a node. A batch is ``(x (N, F), edge_index (2, E), nodes (n,), labels (n,))``, all of the graph and the labels of
-    the batch's nodes. A model maps ``x, edge_index`` to the logits (N, classes) of all nodes of the graph. Training is
-    full-batch when ``batch_size`` is at least the number of training nodes.
+    the batch's nodes; a graph with weights, as a condensed one, adds ``edge_weight (E,)``. A model maps
+    ``x, edge_index`` to the logits (N, classes) of all nodes of the graph, and is given ``edge_weight`` where it has
+    such an argument: others see the edges alone. Training is full-batch when ``batch_size`` is at least the number of
+    training nodes.
     """
 
     unit: ClassVar[str] = "node"
@@ -82,6 +93,8 @@ class NodeClassification(Task):
 
     def outputs(self, model: nn.Module | Predictor, batch: Any) -> Any:
         """Logits (N, classes) of all nodes of the batch's graph."""
+        if len(batch) > 4 and _takes_weights(model):
+            return model(batch[0], batch[1], edge_weight=batch[4])
         return model(batch[0], batch[1])
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -101,7 +114,7 @@ class NodeClassification(Task):
         if len(split) == 0:
             raise InvalidValue(f"{self.name}: the split to evaluate holds no node")
         (batch,) = batches_of(split, len(split), self.collate)
-        outputs, (nodes, targets) = self.outputs(predictor, batch), (np.asarray(part) for part in batch[2:])
+        outputs, (nodes, targets) = self.outputs(predictor, batch), (np.asarray(part) for part in batch[2:4])
         if np.shape(outputs) != (len(batch[0]), len(self.labels)):
             raise InvalidValue(
                 f"{self.name}: outputs of shape {np.shape(outputs)}; logits of all nodes, "
