@@ -24,6 +24,7 @@ from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.store import Store
 from sparing.data.preprocessing import ChannelsFirst, Decode, Normalise, ToFloat
 from sparing.testing import QUICK
+from sparing.testing.graphs import TinyGraph, TinyGraphs
 
 NETWORK = {
     **{"name": "blocknet", "in_channels": 1, "num_classes": CLASSES, "image_size": SIZE},
@@ -309,8 +310,38 @@ def test_nothing_to_audit_has_no_effect(tmp_path):
 
 
 def test_others_than_images_are_refused():
-    with pytest.raises(RecipeError, match="'audit_backdoor' needs 'images'"):
-        sparing.run(task=task(capabilities=()), steps=[sparing.Train(epochs=1), cheap()], meter=QUICK)
+    with pytest.raises(RecipeError, match="'audit_backdoor' audits images; 'pictures' has the capabilities classif"):
+        sparing.run(task=task(capabilities=()), steps=[TRAIN, cheap()], meter=QUICK)
+    with pytest.raises(RecipeError, match="of graphs an attack can be simulated"):
+        sparing.run(task=TinyGraph(), steps=[TRAIN, cheap()], meter=QUICK)
+
+
+ON_GRAPHS = {
+    "nodes": (TinyGraph, {"network": {"name": "gcn", "hidden": 8}, "edge_threshold": 0.01}),
+    "graphs": (TinyGraphs, {"network": {"name": "graph_gcn", "hidden": 8, "depth": 1}}),
+}
+
+
+@pytest.mark.parametrize("units", ON_GRAPHS)
+def test_the_attack_is_simulated_on_graphs(units, tmp_path):
+    kind, given = ON_GRAPHS[units]
+    sizes = {"per_class": 2, "iterations": 1, "outer_steps": 2, "inner_steps": 1}
+    condense = Condense(method="multi_step", **sizes, **given)
+    audit = AuditBackdoor(condense=condense, simulate="doorping", portion=0.2, victims=2, epochs=3, max_steps=3)
+    start = {"task": kind(), "steps": [audit], "meter": QUICK, "store": Store(tmp_path / "store")}
+    done = sparing.run(**start, out=tmp_path / "out")
+    row = done.ledger.rows[-1]
+    assert row.figures["updates of the trigger"].value == 1
+    assert row.figures["lowest feature of the trigger"].value >= 0
+    for name in ("attack success", "attack success on clean set", "clean accuracy, simulated attack"):
+        assert 0 <= row.figures[name].value <= 1
+    assert f"of {units} of other classes to class 0" in row.remarks[0]
+    assert row.outcome == "attack: no defence asked"
+    attack = json.loads((tmp_path / "out" / "audit_backdoor" / "audit.json").read_text())["attack"]
+    assert attack["provenance"]["poisoned"] is True
+    assert attack["provenance"]["trigger"]["kind"] == "subgraph"
+    assert len(attack["victims"]) == len(attack["control"]) == 2
+    assert sparing.run(**start).ledger.canonical() == done.ledger.canonical()
 
 
 def test_every_defence_has_its_name_in_the_field():

@@ -88,6 +88,8 @@ class AuditReport:
     """Of the condensed set."""
     seconds: float = 0.0
     """Of training the networks."""
+    units: str = "images"
+    """What was shown to them."""
 
     def rates(self, name: str, victims: Sequence[Victim] | None = None) -> list[float]:
         """ "cta", "asr", "asr_all" or "null" of each network, of those for which it is known."""
@@ -122,7 +124,7 @@ class AuditReport:
         if asr := self.rates("asr"):
             mean, null = float(np.mean(asr)), float(np.mean(self.rates("null")))
             words.append(
-                f"The given trigger leads {mean:.1%} of images of other classes to class {self.target}; "
+                f"The given trigger leads {mean:.1%} of {self.units} of other classes to class {self.target}; "
                 f"without it {null:.1%} go there."
             )
             if self.control:

@@ -18,9 +18,11 @@ from torch.utils.data import Subset
 from sparing.audits.backdoor.attack import CondensationBackdoor
 from sparing.audits.backdoor.audit import AuditReport, BackdoorAudit, every_defence, mean_and_deviation
 from sparing.audits.backdoor.finding import Defence, Finding, Images, Subject
+from sparing.audits.backdoor.graph_simulation import GraphSimulation
 from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
 from sparing.audits.backdoor.pixels import PixelSpace
+from sparing.audits.backdoor.subgraphs import OptimisedSubgraph, SubgraphTrigger
 from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger
 from sparing.condensation.callbacks import is_marked
 from sparing.condensation.evaluation import train_on_condensed
@@ -28,7 +30,7 @@ from sparing.condensation.images import labelled_images
 from sparing.condensation.kinds import CORE_SETS, ImageKind, RealImages, kind_of
 from sparing.condensation.step import Condense
 from sparing.core import registry
-from sparing.core.errors import InvalidValue, NoEffect, did_you_mean
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, did_you_mean
 from sparing.core.randomness import derive_seed
 from sparing.core.statistics import t_interval
 from sparing.core.step import Stage, Step, step
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from sparing.core.job import Job
     from sparing.core.task import Task
 
+GRAPHS = frozenset({"graph_classification", "node_classification"})
 REFERENCE_IMAGES = 6000
 """Real training images that a condensed set is held against, at most."""
 PICTURE_SIDE = 224
@@ -153,7 +156,7 @@ class AuditBackdoor(Step):
     """
 
     stage: ClassVar[Stage] = Stage.AUDIT
-    needs: ClassVar[frozenset[str]] = frozenset({"classification", "images", "module"})
+    needs: ClassVar[frozenset[str]] = frozenset({"classification", "module"})
     source: ClassVar[str] = "Liu et al. 2023, Backdoor Attacks Against Dataset Distillation, NDSS, arXiv:2301.01197"
 
     defences: Literal["all"] | tuple[str, ...] = "all"
@@ -254,18 +257,26 @@ class AuditBackdoor(Step):
         )
 
     def check(self, task: Task) -> None:
-        """Target, patch and victims fit the task."""
+        """The task is one of images, or of graphs of which an attack is simulated; target, patch and victims fit it."""
         from sparing.core.predictor import build_model, outline
 
+        graphs = GRAPHS & task.capabilities
+        if "images" not in task.capabilities and not (graphs and self.simulate is not None):
+            raise IncompatibleStep(
+                f"{self.id!r} audits images; {task.name!r} has the capabilities {', '.join(sorted(task.capabilities))}"
+                + ("; of graphs an attack can be simulated" if graphs else "")
+            )
         if self.simulate is not None:
             check_target(self.target, len(task.labels))
-            self._trigger(task, 0, self._pixels(task))
+            if "images" in task.capabilities:
+                self._trigger(task, 0, self._pixels(task))
         if self.model is not None:
             name, fields = self._named()
             outline(lambda: build_model(name, task, **fields))
 
     def apply(self, job: Job) -> Job:
         """The job as it is; what was found is in its row."""
+        self.check(job.task)
         given = job.capabilities & {"condensed", "trained"}
         if not given and self.simulate is None:
             raise NoEffect(
@@ -273,12 +284,18 @@ class AuditBackdoor(Step):
                 "and no attack is simulated"
             )
         reports: dict[str, AuditReport] = {}
+        if "images" not in job.capabilities:
+            return self._told(job, {"attack": self._attacked_graphs(job)})
         own = self._condensed(job, "clean") if self.condense is not None else None
         if given:
             reports["audit"] = self._examined(job, own)
         if self.simulate is not None:
             assert own is not None
             reports["attack"] = self._attacked(job, own)
+        return self._told(job, reports)
+
+    def _told(self, job: Job, reports: Mapping[str, AuditReport]) -> Job:
+        """The job with its row and the folder of the full report."""
         self._tell(job, reports)
 
         def write(folder: Path) -> None:
@@ -339,6 +356,34 @@ class AuditBackdoor(Step):
             provenance=bad.provenance,
         )
         return replace(report, seconds=seconds + more)
+
+    def _attacked_graphs(self, job: Job) -> AuditReport:
+        """As :meth:`_attacked`, on graphs: a subgraph for a patch, and no defences."""
+        assert self.condense is not None
+        mode: Literal["static", "doorping"] = "static" if self.simulate == "naive" else "doorping"
+        seed = derive_seed("audit", job.seed) % 2**31
+
+        def attack(features: Tensor) -> CondensationBackdoor:
+            if mode == "static":
+                return CondensationBackdoor(SubgraphTrigger(features), self.target, self.portion, mode, seed)
+            fitted = {name: getattr(self, name) for name in ("topk", "alpha", "max_steps")}
+            trigger = OptimisedSubgraph(features, seed=seed, **fitted)
+            return CondensationBackdoor(trigger, self.target, self.portion, mode, seed)
+
+        return GraphSimulation(
+            job, self.condense, attack, partial(self._fresh, job), self.victims, self.epochs
+        ).report()
+
+    def _fresh(self, job: Job, seed: int) -> nn.Module:
+        """A victim before its training."""
+        from sparing.core.predictor import build_model
+        from sparing.core.randomness import isolated_rng
+
+        with isolated_rng("evaluating condensed images", seed):
+            if self.model is None:
+                return begun_anew(job.fresh_model())
+            name, fields = self._named()
+            return build_model(name, job.task, **fields)
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
@@ -411,18 +456,10 @@ class AuditBackdoor(Step):
         self, job: Job, where: str, images: Images, made: Condensed | None = None
     ) -> tuple[list[nn.Module], float]:
         """Networks trained on a set, on distilled images by the steps that were learned with them; and the seconds."""
-        from sparing.core.predictor import build_model
-        from sparing.core.randomness import isolated_rng
         from sparing.core.training.step import load_weights
 
         def fresh(seed: int) -> nn.Module:
-            with isolated_rng("evaluating condensed images", seed):
-                if made is not None and made.steps is not None:
-                    return made.factory()
-                if self.model is None:
-                    return begun_anew(job.fresh_model())
-                name, fields = self._named()
-                return build_model(name, job.task, **fields)
+            return made.factory() if made is not None and made.steps is not None else self._fresh(job, seed)
 
         def trained(seed: int) -> dict[str, Any]:
             start, network = time.perf_counter(), fresh(seed)
@@ -483,8 +520,8 @@ class AuditBackdoor(Step):
             where = names[what]
             cta = report.rates("cta")
             self._record(job, f"clean accuracy{where}", cta, "higher", report.victims[0].cta)
-            judged = [one for one in report.findings if one.verdict in ("evidence", "no evidence")]
-            job.record(f"detectors with evidence{where}", len(report.evidence), f"of {len(judged)}", better="")
+            if report.findings:
+                job.record(f"detectors with evidence{where}", len(report.evidence), "", better="")
             job.notes.remarks.append(report.verdict)
             for one in report.findings:
                 job.notes.candidates.append(
@@ -504,7 +541,9 @@ class AuditBackdoor(Step):
         if "attack" in reports:
             self._tell_attack(job, reports["attack"])
         job.notes.outcome = "; ".join(
-            f"{what}: evidence by {', '.join(report.evidence)}" if report.evidence else f"{what}: no evidence found"
+            f"{what}: evidence by {', '.join(report.evidence)}"
+            if report.evidence
+            else f"{what}: {'no evidence found' if report.findings else 'no defence asked'}"
             for what, report in reports.items()
         )
 
@@ -531,6 +570,7 @@ class AuditBackdoor(Step):
         if self.simulate == "doorping":
             job.record("updates of the trigger", described["updates"], "", better="")
             job.record("updates that moved it", described["moved"], "", better="")
-        job.record("lowest pixel of the trigger", described["lowest"], "", better="")
-        job.record("highest pixel of the trigger", described["highest"], "", better="")
+        value = "pixel" if described["kind"] == "patch" else "feature"
+        job.record(f"lowest {value} of the trigger", described["lowest"], "", better="")
+        job.record(f"highest {value} of the trigger", described["highest"], "", better="")
         job.record("training of the victims", report.seconds, "s")
