@@ -340,6 +340,12 @@ class AuditBackdoor(Step):
         bad = self._condensed(job, "attacked")
         for title, pixels, caption in bad.pictures:
             job.illustrate(f"{title}, simulated attack", pixels, caption)
+        trigger = PatchTrigger.described(bad.images.x.shape[1:], self._pixels(job.task), bad.provenance["trigger"])
+        job.illustrate(
+            "trigger, simulated attack",
+            picture(trigger.pixels.to_unit(trigger.clamped().image)),
+            "the trigger that was planted, on black; values that are no pixels are drawn as the nearest that are",
+        )
         victims, seconds = self._victims(job, "attacked", bad.images, bad)
         controls, more = self._victims(job, "clean", clean.images, clean)
         report = self._audit(job, "attacked").run(
@@ -349,7 +355,7 @@ class AuditBackdoor(Step):
             pixels=self._pixels(job.task),
             models=victims,
             control=controls,
-            trigger=PatchTrigger.described(bad.images.x.shape[1:], self._pixels(job.task), bad.provenance["trigger"]),
+            trigger=trigger,
             target=self.target,
             reference=self._reference(job),
             own=self._given(job),
@@ -387,7 +393,6 @@ class AuditBackdoor(Step):
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
-
         assert self.condense is not None
         seed = derive_seed("audit", job.seed) % 2**31  # not the job's own: a set of one's own is another set
         child = job.fork(where, train=job.task.splits(job.root).train, seed=seed)
