@@ -16,7 +16,17 @@ from torch.utils.data import TensorDataset
 
 import sparing
 from sparing.condensation.saved import save_condensed
-from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect, RecipeError, SparingError
+from sparing.condensation.unrolled import LearnedSteps
+from sparing.core.errors import (
+    CorruptFile,
+    DataError,
+    IncompatibleStep,
+    InvalidValue,
+    NoEffect,
+    RecipeError,
+    SparingError,
+)
+from sparing.core.files import read_json, write_json
 from sparing.core.job import Job
 from sparing.core.ledger import Row
 from sparing.core.pipeline import advance, begin
@@ -238,6 +248,25 @@ def test_steps_that_do_not_fit_their_images_or_network():
         condenser.steps_.train(plain(depth=2), images, labels)
 
 
+def test_distilled_images_are_not_read_without_their_steps(tmp_path):
+    images = TensorDataset(torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2]).repeat(2))
+    steps = LearnedSteps(2, torch.full((4,), 0.1), None)
+    folder = save_condensed(tmp_path / "set", images, {}, steps)
+    found = sparing.load_condensed(folder)
+    assert found.steps is not None
+    assert (found.steps.sets, found.steps.initial_weights) == (2, None)
+    assert torch.equal(found.steps.learning_rates, steps.learning_rates)
+    described = read_json(folder / "condensed.json")
+    for sets in (None, 4, 0, True, "2"):
+        write_json(folder / "condensed.json", {**described, "sets": sets})
+        with pytest.raises(
+            CorruptFile, match=rf"sets = {sets!r} of 6 images; equal sets and learning_rates, or neither"
+        ):
+            sparing.load_condensed(folder)
+    with pytest.raises(InvalidValue, match="only images have steps of their own"):
+        save_condensed(tmp_path / "no", TinyGraphs().read(None), {}, steps)
+
+
 def test_a_foreign_folder_cannot_name_any_code_or_size_as_its_network(tmp_path):
     steps = [sparing.Condense(method="dd", per_class=1, **IMAGES["dd"])]
     sparing.run(task=tiny_task(), steps=steps, meter=QUICK, out=tmp_path / "out")
@@ -277,7 +306,8 @@ class Guarded(TinyGraph):
         return dataclasses.replace(splits, test=Untouchable(splits.test))
 
 
-def test_light_edges_are_cut_where_validation_nodes_say_and_no_test_label_is_seen():
+def test_light_edges_are_cut_where_validation_nodes_say_and_no_test_label_is_seen(monkeypatch):
+    monkeypatch.setattr("sparing.condensation.kinds.CUT_EPOCHS", 20)
     step = sparing.Condense(per_class=4, iterations=4, network={"name": "gcn", "hidden": 8}, settings=SMALL)
     after, row = applied(Guarded(), step)
     assert {entry["edge_threshold"] for entry in row.candidates} <= {0.01, 0.1, 0.5}
@@ -428,6 +458,18 @@ def test_bad_images_are_named(method):
         applied(raw_task(train=TensorDataset(images[rare], labels[rare])), step)
 
 
+def test_images_that_change_when_they_are_read_are_not_condensed(tmp_path):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "b").mkdir()
+    for number in range(16):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png")
+    steps = [sparing.Augment(flip=0.5), sparing.Condense(method="random", per_class=1), sparing.Train(epochs=1)]
+    with pytest.raises(IncompatibleStep, match="change at random whenever they are read"):
+        sparing.run(
+            task={"name": "image_folder", "path": str(tmp_path / "photos"), "size": 8}, steps=steps, meter=QUICK
+        )
+
+
 class Directed(TinyGraph):
     """With one edge that does not run back."""
 
@@ -574,7 +616,7 @@ def test_somebody_elses_set_is_taken_as_it_is(tmp_path):
             r"images \(1, 9, 9\) .* has images \(1, 8, 8\)",
         ),
         (TensorDataset(torch.zeros(2, 1, 8, 8), torch.tensor([0, 3])), tiny_task, "classes up to 3"),
-        (TensorDataset(torch.zeros(2, 1, 8, 8), torch.arange(2)), TinyGraph, "holds images; one graph is needed"),
+        (TensorDataset(torch.zeros(2, 1, 8, 8), torch.arange(2)), TinyGraph, "holds images; node_graph are needed"),
         (TensorDataset(torch.full((2, 1, 8, 8), torch.nan), torch.arange(2)), tiny_task, "image 0 has entries"),
         (graph_data(torch.zeros(2, 5), torch.zeros(2, 0, dtype=torch.int64), torch.arange(2)), TinyGraph, "5 features"),
         (
@@ -595,6 +637,10 @@ def test_a_saved_set_leaves_nothing_to_be_said_about_its_making(tmp_path):
     save_condensed(tmp_path / "set", TensorDataset(torch.zeros(2, 1, 8, 8), torch.arange(2)), {})
     with pytest.raises(InvalidValue, match=r"saved = .* is a finished set, and per_class = 3 makes one"):
         sparing.Condense(saved=tmp_path / "set", per_class=3)
+    with pytest.raises(InvalidValue, match=r"network = 'blocknet': saved = .* are no distilled images"):
+        sparing.Condense(saved=tmp_path / "set", network="blocknet")
+    with pytest.raises(IncompatibleStep, match="holds images; graphs are needed for 'tiny_graphs'"):
+        sparing.Condense(saved=tmp_path / "set").check(TinyGraphs())
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):
@@ -610,22 +656,23 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
 
 def test_a_condensed_set_trains_a_perturbed_student_that_is_quantised():
     steps = [
-        sparing.Train(id="whole", epochs=6, batch_size=16, lr=0.02),
+        sparing.Train(id="whole", epochs=8, batch_size=8, lr=0.02),
         sparing.Condense(method="dm", per_class=4, **{**IMAGES["dm"], "iterations": 20}),
         sparing.Leap(rho=0.3),
         sparing.Distil(
             teacher="whole",
             model={"name": "convnet", "num_classes": 3, "image_size": 8, "widths": [4]},
-            epochs=30,
+            epochs=60,
             batch_size=12,
-            lr=0.02,
+            lr=0.05,
+            validate_every=60,
         ),
         sparing.Quantize(goal="bytes", max_loss=1.0, samples=8),
     ]
     done = sparing.run(task=tiny_task(), steps=steps, meter=QUICK)
     rows = {row.id: row for row in done.ledger.rows}
     assert any("has been trained already" in remark for remark in rows["condense"].remarks)
-    assert rows["distil"].figures["training samples"].value == 30 * 12
+    assert rows["distil"].figures["training samples"].value == 60 * 12
     assert rows["distil"].figures["accuracy"].value > 0.6  # chance is a third
     assert rows["quantize"].figures["model bytes"].value < rows["distil"].figures["model bytes"].value
 
@@ -642,7 +689,7 @@ def test_a_condensed_graph_trains_a_network_that_is_taught_and_exported():
     assert done.predictor.kind == "onnx"
 
 
-def test_condensed_graphs_train_a_network_that_is_pruned_and_exported():
+def test_condensed_graphs_train_a_network_that_is_averaged_and_exported():
     steps = [
         sparing.Condense(per_class=4, **{**GRAPHS["one_step"], "iterations": 10}),
         sparing.Ema(decay=0.9),
@@ -666,7 +713,8 @@ KILLED = {
 
 
 @pytest.mark.parametrize("name", KILLED)
-def test_a_killed_condensing_ends_with_the_same_bits(name, tmp_path):
+def test_a_killed_condensing_ends_with_the_same_bits(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparing.condensation.kinds.CUT_EPOCHS", 3)
     task, fields = KILLED[name]
     method = "multi_step" if name == "graphs" else fields.get("method")
     step = sparing.Condense(**{"per_class": 2, **fields, "method": method})

@@ -31,6 +31,7 @@ from sparing.condensation.unrolled import LearnedSteps, UnrolledCondenser
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect, did_you_mean, shown
 from sparing.core.store import JSON
 from sparing.core.training import Train, fit
+from sparing.data.augmentation import AugmentedImages
 from sparing.data.graphs import PackedGraphs, graph_data
 from sparing.data.nodes import NodeSet
 from sparing.models.gnn import GCN
@@ -53,6 +54,8 @@ FIELDS = (
 """Fields of the step that are a condenser's arguments."""
 OWN = frozenset({"method", "network", "callbacks", "random_state"})
 """Arguments that the step gives itself."""
+CUT_EPOCHS = 600
+"""Steps of a network that tries how many edges to cut, as when a condensed graph is evaluated."""
 DRAWN = 150
 """Most nodes of one graph in a drawing."""
 BESIDE = 2
@@ -126,6 +129,8 @@ class DataKind(ABC):
         if self.step.saved is None:
             self.condenser(0)
             self.check_network()
+        elif (found := self.step.saved_description.get("kind")) != self.saved:
+            raise self.refuse(f"{found}; {self.saved} are needed for {self.task.name!r}")
 
     def arguments(self) -> dict[str, Any]:
         """The fields as arguments of the condenser; what it has no use for is refused."""
@@ -285,13 +290,14 @@ class DataKind(ABC):
         fields |= {"scheduler": "MultiStepLR", "scheduler_args": drop, "restore_best": val is not None}
         settings = Train(id="embedding", **fields)
 
-        def compute() -> dict[str, Any]:
+        def compute() -> Any:
             progress = job.store.progress("embedding_network")
             return dict(
                 fit(network, self.task, train, val, settings, seed=job.seed, progress=progress).model.state_dict()
             )
 
-        network.load_state_dict(job.store.once("embedding_network", compute, TENSORS))
+        weights: dict[str, Any] = job.store.once("embedding_network", compute, TENSORS)
+        network.load_state_dict(weights)
         return network.eval()
 
     @abstractmethod
@@ -310,7 +316,7 @@ class DataKind(ABC):
         """The set after what is chosen on validation data."""
         return made
 
-    def refuse(self, found: CondensedSet, reason: str) -> IncompatibleStep:
+    def refuse(self, reason: str) -> IncompatibleStep:
         """The error for a saved set."""
         return IncompatibleStep(f"{self.step.id!r}: saved = {self.step.saved} holds {reason}")
 
@@ -409,6 +415,11 @@ class ImageKind(DataKind):
 
     def read(self, job: Job) -> RealImages:
         """All images in memory."""
+        if isinstance(job.train, AugmentedImages):
+            raise IncompatibleStep(
+                f"{self.step.id!r}: the training images change at random whenever they are read, and one view of each "
+                "would be condensed; leave out augment, or condense with dsa or dm, which augment as they go"
+            )
         images, labels = labelled_images(job.train, every_class=False)
         counts = self.counted(labels)
         std, mean = torch.std_mean(images, (0, 2, 3), correction=0, keepdim=True)
@@ -458,12 +469,9 @@ class ImageKind(DataKind):
 
     def check_saved(self, found: CondensedSet, real: Real) -> Made:
         """Images of the task's size and classes."""
-        if found.kind != "images":
-            raise self.refuse(found, f"{found.kind}; images are needed for {self.task.name!r}")
         images, labels = labelled_images(*found.data.tensors, every_class=False)
         if images.shape[1:] != real.data.shape[1:] or int(labels.max()) >= len(real.counts):
             raise self.refuse(
-                found,
                 f"images {tuple(images.shape[1:])} of classes up to {int(labels.max())}; {self.task.name!r} has images "
                 f"{tuple(real.data.shape[1:])} of classes 0…{len(real.counts) - 1}",
             )
@@ -613,6 +621,7 @@ class NodeKind(DataKind):
                 *(made.data, real.data, {"gcn": lambda: GCN(features, classes, hidden=256)}),
                 [job.seed],
                 edge_thresholds=[cut],
+                epochs=CUT_EPOCHS,
                 validate_every=10,
             )
             name = f"edges of at least {cut:g}"
@@ -652,17 +661,14 @@ class NodeKind(DataKind):
 
     def check_saved(self, found: CondensedSet, real: Real) -> Made:
         """A graph with the task's features and classes."""
-        if found.kind != "node_graph":
-            raise self.refuse(found, f"{found.kind}; one graph is needed for {self.task.name!r}")
         graph, width = found.data, real.data.x.shape[1]
         if graph.x.shape[1] != width or not 0 <= int(graph.y.min()) <= int(graph.y.max()) < len(real.counts):
             raise self.refuse(
-                found,
                 f"{graph.x.shape[1]} features and classes up to {int(graph.y.max())}; {self.task.name!r} has {width} "
                 f"and the classes 0…{len(real.counts) - 1}",
             )
         if not graph.x.isfinite().all():
-            raise self.refuse(found, "features that are not finite")
+            raise self.refuse("features that are not finite")
         return Made(graph, graph.y, {"bytes_after": nbytes(tensors_of(graph)[1])})
 
     def training_set(self, job: Job, made: Made) -> NodeSet:
@@ -763,12 +769,9 @@ class GraphKind(DataKind):
 
     def check_saved(self, found: CondensedSet, real: Real) -> Made:
         """Graphs with the task's features and classes."""
-        if found.kind != "graphs":
-            raise self.refuse(found, f"{found.kind}; a set of graphs is needed for {self.task.name!r}")
         graphs, width = PackedGraphs.of(list(found.data)), real.data.x.shape[1]
         if graphs.x.shape[1] != width or int(graphs.y.max()) >= len(real.counts):
             raise self.refuse(
-                found,
                 f"{graphs.x.shape[1]} features and classes up to {int(graphs.y.max())}; {self.task.name!r} has {width} "
                 f"and the classes 0…{len(real.counts) - 1}",
             )

@@ -103,7 +103,11 @@ class Condense(Step):
                     raise InvalidValue(
                         f"{self.id}: saved = {self.saved} is a finished set, and {item.name} = {value!r} makes one"
                     )
-            self._saved_steps  # noqa: B018  # a folder without a set is refused here
+            if self.network is not None and self.saved_description.get("sets") is None:
+                raise InvalidValue(
+                    f"{self.id}: network = {self.network!r}: saved = {self.saved} are no distilled images, which alone "
+                    "need one"
+                )
         if self.device != "auto":
             import torch
 
@@ -123,21 +127,22 @@ class Condense(Step):
                 raise InvalidValue(f"network = {self.network!r}: {error}") from None
 
     @cached_property
-    def _saved_steps(self) -> bool:
-        """Whether the saved set is one of images with learned steps."""
+    def saved_description(self) -> Mapping[str, Any]:
+        """What is said about the saved set; empty without one."""
         from sparing.condensation.saved import describe_condensed
 
         if self.saved is None:
-            return False
+            return {}
         try:
-            return describe_condensed(self.saved).get("sets") is not None
+            return describe_condensed(self.saved)
         except SparingError as error:
             raise InvalidValue(f"saved = {self.saved}: no condensed set that can be read: {error}") from error
 
     @property
     def gives(self) -> frozenset[str]:  # type: ignore[override]  # dd gives more
         """ "condensed"; with ``dd`` also "trained": its images come with the steps that train a network."""
-        return frozenset({"condensed", "trained"} if self.method == "dd" or self._saved_steps else {"condensed"})
+        distilled = self.method == "dd" or self.saved_description.get("sets") is not None
+        return frozenset({"condensed", "trained"} if distilled else {"condensed"})
 
     def named_network(self) -> tuple[str, dict[str, Any]]:
         """(name, fields) of ``network``."""

@@ -93,9 +93,9 @@ class NodeClassification(Task):
 
     def outputs(self, model: nn.Module | Predictor, batch: Any) -> Any:
         """Logits (N, classes) of all nodes of the batch's graph."""
-        if len(batch) > 4 and _takes_weights(model):
-            return model(batch[0], batch[1], edge_weight=batch[4])
-        return model(batch[0], batch[1])
+        answer: Any = model
+        weights = {"edge_weight": batch[4]} if len(batch) > 4 and _takes_weights(model) else {}
+        return answer(batch[0], batch[1], **weights)
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy over the batch's nodes."""
