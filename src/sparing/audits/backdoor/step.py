@@ -19,6 +19,7 @@ from sparing.audits.backdoor.attack import CondensationBackdoor
 from sparing.audits.backdoor.audit import AuditReport, BackdoorAudit, every_defence, mean_and_deviation
 from sparing.audits.backdoor.finding import Defence, Finding, Images, Subject
 from sparing.audits.backdoor.graph_simulation import GraphSimulation
+from sparing.audits.backdoor.layers import predict
 from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
 from sparing.audits.backdoor.pixels import PixelSpace
@@ -31,7 +32,7 @@ from sparing.condensation.kinds import CORE_SETS, ImageKind, RealImages, kind_of
 from sparing.condensation.step import Condense
 from sparing.core import registry
 from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, did_you_mean
-from sparing.core.randomness import derive_seed
+from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.statistics import t_interval
 from sparing.core.step import Stage, Step, step
 from sparing.core.store import JSON, TENSORS, All
@@ -106,6 +107,17 @@ def begun_anew(model: nn.Module) -> nn.Module:
                 "anew; name one in the step's field 'model'"
             )
     return made
+
+
+def fitting(network: nn.Module, task: Task, field: str) -> nn.Module:
+    """The network; :class:`InvalidValue` unless it answers the task's images with a logit for each of its classes."""
+    try:
+        classes = predict(network, task.example_input(2)[0]).shape[1]
+    except (RuntimeError, TypeError) as error:
+        raise InvalidValue(f"{field}: the network does not run on an image of {task.name!r}: {error}") from error
+    if classes != len(task.labels):
+        raise InvalidValue(f"{field}: the network gives {classes} logits; {task.name!r} has {len(task.labels)} classes")
+    return network
 
 
 def packed(finding: Finding) -> dict[str, Any]:
@@ -383,13 +395,13 @@ class AuditBackdoor(Step):
     def _fresh(self, job: Job, seed: int) -> nn.Module:
         """A victim before its training."""
         from sparing.core.predictor import build_model
-        from sparing.core.randomness import isolated_rng
 
         with isolated_rng("evaluating condensed images", seed):
             if self.model is None:
                 return begun_anew(job.fresh_model())
             name, fields = self._named()
-            return build_model(name, job.task, **fields)
+            network = build_model(name, job.task, **fields)
+        return fitting(network, job.task, "model") if "images" in job.capabilities else network
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
@@ -400,6 +412,9 @@ class AuditBackdoor(Step):
         assert isinstance(kind, ImageKind)
         real = kind.read(child)
         kind.check_size(real)
+        factory = kind.network(real.data.shape[1:])
+        with isolated_rng("does it fit", seed):
+            fitting(factory(), job.task, "condense")
 
         def made() -> dict[str, Any]:
             said: dict[str, Any] = {}
@@ -422,7 +437,7 @@ class AuditBackdoor(Step):
         return Condensed(
             self._placed(found.data.tensors),
             found.steps,
-            kind.network(real.data.shape[1:]),
+            factory,
             {**found.record, **kept["said"]},
             kind.pictures(child, found, real),
         )
