@@ -108,6 +108,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.compression.pruning:LockPattern",
             "Keep the zeros of a pruned model through the next training.",
         ),
+        "audit_backdoor": Part(
+            "sparing.audits.backdoor.step:AuditBackdoor",
+            "Look for a backdoor in the training set or the network, and measure which defences would notice one.",
+        ),
         "augment": Part(
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
