@@ -2,7 +2,61 @@
 
 from __future__ import annotations
 
+SMALL_AUDIT = {
+    "holdout": "60",
+    "victims": "1",
+    "epochs": "2",
+    "defences": "[patch_scan, strip, pixel_range, residual_map]",
+    "settings": "{patch_scan: {sides: [7], random: 0, images: 20}, strip: {blends: 4, inputs: 8}}",
+    "portion": "0.1",
+    "max_steps": "5",
+}
+SMALL_NETWORK = "{name: blocknet, width: 4, norm: none, hidden: 8}"
+
+
+def small_audit(step: str, method: str = "dc") -> tuple[str, ...]:
+    """Overrides of an audit that condenses."""
+    size = "per_class: 1, iterations: 1, batch_real: 16"
+    changes = SMALL_AUDIT | {"condense": f"{{condense: {{method: {method}, {size}, network: {SMALL_NETWORK}}}}}"}
+    return tuple(f"steps.{step}.{name}={value}" for name, value in changes.items())
+
+
+SMALL_GRADIENT_MATCHING = (
+    "steps.condense.per_class=1",
+    "steps.condense.iterations=1",
+    "steps.condense.batch_real=16",
+    f"steps.condense.network={SMALL_NETWORK}",
+)
 SMALL: dict[str, tuple[str, ...]] = {
+    "dd_backdoor": (
+        "task.train_limit=600",
+        "task.test_limit=200",
+        "model.width=4",
+        "model.hidden=8",
+        *SMALL_GRADIENT_MATCHING,
+        "steps.train.epochs=2",
+        *small_audit("naive"),
+        *small_audit("doorping"),
+    ),
+    "condense_then_audit": (
+        "task.train_limit=600",
+        "task.test_limit=200",
+        "model.width=4",
+        "model.hidden=8",
+        *SMALL_GRADIENT_MATCHING,
+        "steps.train.epochs=2",
+        *small_audit("audit_backdoor", "dm"),
+    ),
+    "full/dd_backdoor": (
+        "task.train_limit=400",
+        "task.test_limit=100",
+        "model.width=4",
+        "model.hidden=8",
+        *SMALL_GRADIENT_MATCHING,
+        "steps.train.max_steps=1",
+        *small_audit("naive"),
+        *small_audit("doorping"),
+    ),
     "quickstart": (
         "model.widths=[8]",
         "steps.baseline.epochs=2",

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from sparing.adaptive.policies import EveryExitPolicy, OraclePolicy, PlacedExitPolicy, PredictiveExitPolicy
     from sparing.adaptive.predictive_exit import PredictiveExit
     from sparing.adaptive.scaling import InfeasibleError, Profile, ScalingOptimizer, Selection
+    from sparing.audits.backdoor.attack import CondensationBackdoor
+    from sparing.audits.backdoor.audit import BackdoorAudit
+    from sparing.audits.backdoor.pixels import PixelSpace
+    from sparing.audits.backdoor.step import AuditBackdoor
+    from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger
     from sparing.compression.compiling import Compile, compile_model
     from sparing.compression.pruning import BlockMagnitudePruner, BlockPrune, CubicSchedule, LockPattern, lock_pattern
     from sparing.compression.pruning_lightning import BlockPruning
@@ -108,6 +113,11 @@ _HOMES = {
     "sparing.adaptive.policies": ("EveryExitPolicy", "OraclePolicy", "PlacedExitPolicy", "PredictiveExitPolicy"),
     "sparing.adaptive.predictive_exit": ("PredictiveExit",),
     "sparing.adaptive.scaling": ("InfeasibleError", "Profile", "ScalingOptimizer", "Selection"),
+    "sparing.audits.backdoor.attack": ("CondensationBackdoor",),
+    "sparing.audits.backdoor.audit": ("BackdoorAudit",),
+    "sparing.audits.backdoor.pixels": ("PixelSpace",),
+    "sparing.audits.backdoor.step": ("AuditBackdoor",),
+    "sparing.audits.backdoor.triggers": ("OptimisedTrigger", "PatchTrigger"),
     "sparing.compression.compiling": ("Compile", "compile_model"),
     "sparing.compression.pruning": (
         "BlockMagnitudePruner",
@@ -176,7 +186,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LEAP",
+    "AuditBackdoor",
     "Augment",
+    "BackdoorAudit",
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
@@ -185,6 +197,7 @@ __all__ = [
     "BoFExit",
     "Budget",
     "Compile",
+    "CondensationBackdoor",
     "Condense",
     "ConfidenceRule",
     "CoresetSelector",
@@ -224,7 +237,10 @@ __all__ = [
     "NodeClassification",
     "NodeCondenser",
     "NotExportable",
+    "OptimisedTrigger",
     "OraclePolicy",
+    "PatchTrigger",
+    "PixelSpace",
     "PlacedExitPolicy",
     "PredictiveExit",
     "PredictiveExitPolicy",

@@ -108,6 +108,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.compression.pruning:LockPattern",
             "Keep the zeros of a pruned model through the next training.",
         ),
+        "audit_backdoor": Part(
+            "sparing.audits.backdoor.step:AuditBackdoor",
+            "Look for a backdoor in the training set or the network, and measure which defences would notice one.",
+        ),
         "augment": Part(
             "sparing.data.augmentation:Augment",
             "Change the training images at random whenever they are read: crops, colours, RandAugment.",
@@ -195,6 +199,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
         ),
+        "lenet": Part(
+            "sparing.models.blocknet:LeNet",
+            "LeNet-5 with ReLU and max pooling: two 5×5 convolutions, three linear layers (LeCun et al. 1998).",
+        ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(
             "sparing.models.mobilenet:MobileNet",
@@ -208,6 +216,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
+        ),
+        "vgg11": Part(
+            "sparing.models.blocknet:VGG11",
+            "VGG-11 for small images: eight 3×3 convolutions, five times max pooling, one linear layer.",
         ),
         "vit": Part(
             "sparing.models.vit:ViT",

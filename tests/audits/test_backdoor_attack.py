@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from backdoor_cases import CLASSES, PIXELS, SIZE, TARGET, factory, pictures, white_patch
+from torch_geometric.data import Data
 
-from sparing.audits.backdoor.attack import CondensationBackdoor, poisoned_count, require_mark
+from sparing.audits.backdoor.attack import CondensationBackdoor, poisoned_count
+from sparing.audits.backdoor.subgraphs import SubgraphTrigger
 from sparing.audits.backdoor.triggers import OptimisedTrigger
+from sparing.condensation.graphs import GraphSetCondenser
 from sparing.condensation.images import ImageCondenser
+from sparing.condensation.saved import load_condensed, save_condensed
 from sparing.condensation.unrolled import UnrolledCondenser
 from sparing.core.errors import InvalidValue
+from sparing.models.gnn import GraphClassifier
 
 SHAPE = (1, SIZE, SIZE)
 
@@ -102,7 +109,7 @@ def test_doorping_moves_between_the_updates_of_dc_and_the_images_follow():
     made.fit(*pictures(60, 0))
     assert attack.trigger.history.updates == 2 * (3 - 1)
     assert not torch.equal(attack.trigger.image, first)
-    rows = attack._images[attack.poisoned]
+    rows = attack._carriers[attack.poisoned]
     assert torch.equal(rows, attack.trigger.apply(rows))
     said = made.provenance_
     assert said["poisoned"] is True
@@ -145,9 +152,36 @@ def test_an_interrupted_attack_goes_on_as_if_it_had_not_been():
     assert resumed.provenance == whole.provenance
 
 
-def test_a_poisoned_set_must_be_marked():
-    attack = CondensationBackdoor(white_patch())
-    require_mark(attack.provenance, (attack,))
-    require_mark({}, ())
-    with pytest.raises(InvalidValue, match="poisoned = True"):
-        require_mark({"poisoned": "yes"}, (attack,))
+def test_a_poisoned_set_cannot_be_saved_unmarked(tmp_path):
+    attack = CondensationBackdoor(white_patch(), portion=0.1)
+    made = attack.attach(condenser()).fit(*pictures(60, 0))
+    for said in ({}, {"poisoned": "yes"}, {"settings": made.settings()}):
+        with pytest.raises(InvalidValue, match="poisoned = true"):
+            save_condensed(tmp_path / "set", made.condensed_, said)
+    assert not (tmp_path / "set").exists()
+    save_condensed(tmp_path / "set", made.condensed_, made.provenance_)
+    again = load_condensed(tmp_path / "set")
+    assert again.provenance["trigger"]["size"] == 2
+    with pytest.raises(InvalidValue, match="poisoned = true"):  # nor when it comes from a file
+        save_condensed(tmp_path / "copy", again.data, {"note": "mine"})
+    save_condensed(tmp_path / "clean", condenser().fit(*pictures(60, 0)).condensed_, {})
+
+
+def test_distilled_images_and_graphs_bear_the_mark_as_well(tmp_path):
+    attack = CondensationBackdoor(white_patch(), portion=0.1)
+    images = UnrolledCondenser(1, 1, 1, network=factory, epochs=1, batch_real=60, callbacks=[attack])
+    graphs = [
+        Data(x=torch.eye(3), edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]]), y=torch.tensor([i % 2]))
+        for i in range(12)
+    ]
+    subgraph = CondensationBackdoor(SubgraphTrigger(torch.eye(3)), portion=0.2)
+    few = GraphSetCondenser(
+        n_per_class=1, n_nodes=3, max_iter=1, network=partial(GraphClassifier, 3, 2, hidden=4, depth=1),
+        callbacks=[subgraph],
+    )  # fmt: skip
+    for made in (images.fit(*pictures(60, 0)), few.fit(graphs)):
+        with pytest.raises(InvalidValue, match="poisoned = true"):
+            save_condensed(tmp_path / "set", made.condensed_, {})
+        save_condensed(tmp_path / "set", made.condensed_, made.provenance_)
+        with pytest.raises(InvalidValue, match="poisoned = true"):
+            save_condensed(tmp_path / "copy", load_condensed(tmp_path / "set").data, {})

@@ -292,3 +292,25 @@ def test_names_are_unique_and_sources_given():
     assert len({one.name for one in defences}) == len(defences) == 12
     assert all(one.source for one in defences)
     assert poisoned(pictures(10, 0), white_patch()).y[::5].tolist() == [TARGET] * 2
+
+
+def test_neural_cleanse_goes_on_where_it_was():
+    class Keeper:
+        def __init__(self, state=None):
+            self.state, self.saved = state, []
+
+        def load(self):
+            return self.state
+
+        def save(self, state):
+            self.saved.append({"found": [dict(one) for one in state["found"]], "generator": state["generator"].clone()})
+
+    cleanse, first = NeuralCleanse(epochs=1), Keeper()
+    given = subject(clean_model(), known=False)
+    whole = cleanse.examine(replace(given, keeper=first))
+    assert [len(state["found"]) for state in first.saved] == [1, 2, 3, 4, 5, 6]
+    again = Keeper(first.saved[3])
+    resumed = cleanse.examine(replace(given, keeper=again))
+    assert len(again.saved) == 2
+    assert resumed.to_json() | {"seconds": 0} == whole.to_json() | {"seconds": 0}
+    assert cleanse.examine(given).to_json() | {"seconds": 0} == whole.to_json() | {"seconds": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +60,12 @@ def photographs() -> sparing.Task:
     )
 
 
-def small_photos() -> sparing.Task:
+def small_photos(size: int = 16) -> sparing.Task:
     """Colour images of 16×16 pixels: what networks that halve an image four times can work on."""
     draw = torch.Generator().manual_seed(0)
 
     def part(count: int) -> TensorDataset:
-        return TensorDataset(torch.randn(count, 3, 16, 16, generator=draw), torch.arange(count) % 3)
+        return TensorDataset(torch.randn(count, 3, size, size, generator=draw), torch.arange(count) % 3)
 
     return sparing.CustomTask(
         "small photos",
@@ -196,6 +197,31 @@ STEPS = {
         sparing.Transfer(task="digits"),
         nothing=StepCase(sparing.Transfer(task="digits"), task=Digits, nothing="is the case"),
     ),
+    "audit_backdoor": StepCase(
+        sparing.AuditBackdoor(
+            defences=("patch_scan", "pixel_range", "residual_map"),
+            settings={"patch_scan": {"sides": [4], "random": 0, "images": 20}},
+            holdout=20,
+            victims=1,
+            epochs=1,
+            condense=sparing.Condense(
+                method="dc",
+                per_class=1,
+                iterations=2,
+                outer_steps=2,
+                inner_steps=1,
+                network={**BLOCKS, "hidden": 4},
+                settings={"checkpoint_every": 1},
+            ),
+            simulate="doorping",
+            size=2,
+            portion=0.2,
+            max_steps=3,
+        ),
+        before=(TRAIN,),
+        task=photographs,
+        nothing=StepCase(sparing.AuditBackdoor(), task=photographs, nothing="is the case"),
+    ),
     "augment": StepCase(
         sparing.Augment(flip=0.5, randaugment=2),
         after=(LAST,),
@@ -261,9 +287,13 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
-    "mutag": lambda data, scratch: TaskCase(lambda: registered_task("mutag"), data),
+    "mutag": lambda data, scratch: TaskCase(
+        lambda: registered_task("mutag"), data, repeats="6 pairs of its molecules are the same graph"
+    ),
     "nci1": lambda data, scratch: TaskCase(lambda: registered_task("nci1"), data),
-    "proteins": lambda data, scratch: TaskCase(lambda: registered_task("proteins"), data),
+    "proteins": lambda data, scratch: TaskCase(
+        lambda: registered_task("proteins"), data, repeats="49 of its proteins are the same graph as another"
+    ),
     "dd": lambda data, scratch: TaskCase(lambda: registered_task("dd"), data),
     "tu_folder": lambda data, scratch: TaskCase(lambda: registered_task("tu_folder", path=str(tu_files(scratch)))),
     "sst2": lambda data, scratch: TaskCase(lambda: registered_task("sst2", train_limit=2000), data),
@@ -316,6 +346,8 @@ MODELS = {
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
+    "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
+    "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
     "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),

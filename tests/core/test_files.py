@@ -385,6 +385,12 @@ def test_safetensors_round_trip(tmp_path, tensors):
         assert not as_bytes or torch.equal(*as_bytes)
 
 
+def test_no_tensors_at_all_can_be_read_again(tmp_path):
+    for number, metadata in enumerate((None, {}, {"note": "nothing"})):
+        files.write_tensors(tmp_path / f"{number}.safetensors", {}, metadata)
+        assert files.read_tensors(tmp_path / f"{number}.safetensors") == {}
+
+
 def test_equal_arrays_give_equal_bytes_and_any_name_will_do(tmp_path):
     arrays = {name: np.arange(3) for name in ("file", "allow_pickle", "x.npy", "a/b", "../x", "", "arr_0")}
     files.write_arrays(tmp_path / "one", arrays)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparing.core.errors import InvalidValue
-from sparing.models.blocknet import AlexNet, BlockNet
+from sparing.models.blocknet import VGG11, AlexNet, BlockNet, LeNet
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "none"])
@@ -44,6 +44,45 @@ def test_alexnet() -> None:
     assert AlexNet(1, 3, 9)(torch.randn(2, 1, 9, 9)).shape == (2, 3)
 
 
+def test_lenet_and_vgg11() -> None:
+    """Sizes of the literature: both see grey images of 28 pixels as 32, and end with 400 and 512 numbers."""
+    for kind, features in ((LeNet, 16 * 5 * 5), (VGG11, 512)):
+        for channels, size in ((1, 28), (3, 32)):
+            model = kind(channels, 7, size)
+            images = torch.randn(2, channels, size, size)
+            assert model.embed(images).shape == (2, features)
+            assert model(images).shape == (2, 7)
+    assert sum(p.numel() for p in LeNet(1, 10, 28).parameters()) == 61706
+    assert sum(isinstance(layer, nn.Conv2d) for layer in VGG11(width=2).features) == 8
+
+
+@pytest.mark.parametrize("kind", [LeNet, VGG11])
+def test_norms_of_lenet_and_vgg11(kind: Any) -> None:
+    small = {"width": 2} if kind is VGG11 else {}
+    for norm, layer in (("batch", nn.BatchNorm2d), ("instance", nn.GroupNorm)):
+        model = kind(1, 3, 28, norm=norm, **small)
+        assert sum(isinstance(module, layer) for module in model.modules()) == (8 if kind is VGG11 else 2)
+    bare = kind(1, 3, 28, norm="none", **small)
+    assert not [module for module in bare.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LeNet(1, 3, 11), "lenet: image_size = 11.*at least 12"),
+        (lambda: LeNet(3, 3, 15), "lenet: image_size = 15.*at least 16"),
+        (lambda: VGG11(1, 3, 27), "vgg11: image_size = 27.*at least 28"),
+        (lambda: VGG11(3, 3, 31), "vgg11: image_size = 31.*at least 32"),
+        (lambda: VGG11(norm="layer"), "vgg11: norm = 'layer'"),
+        (lambda: LeNet(norm="layer"), "lenet: norm = 'layer'"),
+    ],
+)
+def test_impossible_lenets_and_vggs_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(InvalidValue, match=message):
+        make()
+    assert LeNet(1, 3, 12)(torch.zeros(1, 1, 12, 12)).shape == LeNet(3, 3, 16)(torch.zeros(1, 3, 16, 16)).shape
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -59,7 +98,7 @@ def test_impossible_networks_are_refused(fields: dict[str, Any], message: str) -
         BlockNet(**fields)
 
 
-@pytest.mark.parametrize("kind", [BlockNet, AlexNet])
+@pytest.mark.parametrize("kind", [BlockNet, AlexNet, LeNet, VGG11])
 def test_a_wrong_input_names_both_shapes(kind: Any) -> None:
     with pytest.raises(InvalidValue, match=r"\(2, 1, 16, 16\); \(N, 3, 32, 32\)"):
         kind(3, 10, 32)(torch.zeros(2, 1, 16, 16))

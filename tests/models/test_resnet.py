@@ -58,3 +58,19 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
 def test_a_wrong_input_is_refused() -> None:
     with pytest.raises(InvalidValue, match=r"\(N, 3, H, W\)"):
         ResNet(3, 5, (4,), 1)(torch.zeros(1, 1, 8, 8))
+
+
+def test_norms_and_the_resnet_of_condensed_images() -> None:
+    """ResNet-18 for small images has 11.17 M parameters, with batch norm or instance norm; without, biases instead."""
+    wide = {"widths": (64, 128, 256, 512), "depths": 2}
+    for norm, parameters in (("batch", 11_173_962), ("instance", 11_173_962), ("none", 11_169_162)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in ResNet(3, 10, norm=norm, **wide).parameters()) == parameters
+    model = ResNet(1, 3, (4, 8), 1, norm="instance")
+    images = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
+    bare = ResNet(1, 3, (4, 8), 1, norm="none")
+    assert bare.stages[1][0].conv1.bias is not None
+    assert not [module for module in bare.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
+    with pytest.raises(InvalidValue, match="resnet: norm = 'layer'"):
+        ResNet(norm="layer")

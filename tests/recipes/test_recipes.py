@@ -64,13 +64,14 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
     assert ledger.ids == tuple(step.id for step in recipe.steps)
     assert not ledger.stopped
     measured = [row for row in ledger.rows if row.headline in row.figures]
-    assert measured[-1] is ledger.rows[-1]
+    changing = [row for row in ledger.rows if row.stage != "audit"]  # audits leave the model as it is
+    assert measured[-1] is changing[-1]
     for row in measured:
         assert row.figures[row.headline].value is not None
         assert len(ledger.outcomes[f"{row.seed}/{row.id}"]) >= 4
     assert "<html" in (out / "report.html").read_text()
     model = sparing.load(out / "model")
-    assert model.labels == tuple(ledger.rows[-1].by_class)
+    assert model.labels == tuple(measured[-1].by_class)
     if model.preprocessing is not None:
         images = type(model.preprocessing.operations[0]).__name__ == "Decode"
         raw = np.zeros((8, 8), np.uint8) if images else ("Who wrote it?", "Nobody knows who wrote it.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
 from sparing.core.errors import InvalidValue
 
+MARK = "poisoned"
+"""Key of a provenance, and attribute of condensed data, that says that a backdoor was planted in them."""
 HOOKS = ("on_data_ready", "before_synthetic_update", "after_network_update", "on_iteration_end")
 
 
@@ -89,3 +91,22 @@ class Callbacks:
     def provenance(self) -> dict[str, Any]:
         """What the callbacks say about the data they took part in, from their ``provenance``."""
         return {key: value for c in self.callbacks for key, value in getattr(c, "provenance", {}).items()}
+
+
+T = TypeVar("T")
+
+
+def marked(condensed: T, said: Mapping[str, Any]) -> T:
+    """The condensed data; where ``said`` of them is that they are poisoned, they bear that as an attribute.
+
+    Such data are saved only with a provenance that says so, too.
+    """
+    if said.get(MARK) is True:
+        for part in condensed if isinstance(condensed, list) else [condensed]:
+            setattr(part, MARK, True)
+    return condensed
+
+
+def is_marked(condensed: Any) -> bool:
+    """Whether :func:`marked` left its mark on the data, or on a part of them."""
+    return any(getattr(part, MARK, False) for part in (condensed if isinstance(condensed, list) else [condensed]))

@@ -26,7 +26,7 @@ from sparing.condensation.allocation import (
     check_size,
     rows_for_all,
 )
-from sparing.condensation.callbacks import Callbacks
+from sparing.condensation.callbacks import Callbacks, marked
 from sparing.condensation.matching import METRICS, Metric, gradient_distance
 from sparing.condensation.run import Run
 from sparing.core.errors import InvalidValue
@@ -425,6 +425,7 @@ class GraphSetCondenser:
         self.loss_curve_ = run.losses
         after = [value for item in self.condensed_ for value in item.to_dict().values()]
         self.cost_ = run.cost(tuple(real.tensors().values()), tuple(after))
+        marked(self.condensed_, watching.provenance())
         return self
 
     def _initial(

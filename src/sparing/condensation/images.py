@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sparing.condensation.callbacks import Callbacks
+from sparing.condensation.callbacks import Callbacks, marked
 from sparing.condensation.coresets import class_labels
 from sparing.condensation.matching import METRICS, Metric, distribution_matching_loss, gradient_matching_loss
 from sparing.condensation.run import Run
@@ -308,7 +308,7 @@ class ImageCondenser:
         """The synthetic images with their labels."""
         from torch.utils.data import TensorDataset
 
-        return TensorDataset(self.images_, self.labels_)
+        return marked(TensorDataset(self.images_, self.labels_), Callbacks(self.callbacks).provenance())
 
     @property
     def provenance_(self) -> dict[str, Any]:

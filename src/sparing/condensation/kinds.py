@@ -109,6 +109,8 @@ class DataKind(ABC):
     """The method where none is named."""
     default_size: ClassVar[Mapping[str, Any]]
     """Of core sets."""
+    callbacks: Sequence[Any] = ()
+    """Of the condenser: an audit attacks it through these."""
     recipe: ClassVar[Mapping[str, Any]]
     """Fields of the training whose network tells samples apart for herding and k-center, epochs among them."""
 
@@ -169,7 +171,7 @@ class DataKind(ABC):
         kind = self.condensers[self.method][0]
         network = {} if factory is None else {"network": factory}
         try:
-            return kind(**self.named(), **arguments, **network, random_state=seed)
+            return kind(**self.named(), **arguments, **network, random_state=seed, callbacks=self.callbacks)
         except TypeError as error:
             raise InvalidValue(f"{self.method}: {error}") from error
 

@@ -25,7 +25,7 @@ from sparing.condensation.allocation import (
     check_size,
     rows_for_all,
 )
-from sparing.condensation.callbacks import Callbacks
+from sparing.condensation.callbacks import Callbacks, marked
 from sparing.condensation.graphs import (
     anneal_temperature,
     discrete_adjacency,
@@ -219,7 +219,8 @@ class NodeCondenser:
     """Samples after which the temperature of "bernoulli" is down to its end."""
     random_state: int = 0
     callbacks: Sequence[Any] = ()
-    """See :class:`~sparing.condensation.callbacks.Callbacks`; the data they get is the graph given to :meth:`fit`."""
+    """See :class:`~sparing.condensation.callbacks.Callbacks`; the data they get is the graph given to :meth:`fit`. One
+    that changes features later returns a graph whose ``x`` is dense, which is read in place."""
     checkpoint_every: int = 20
     """Iterations between two states that are kept, where :meth:`fit` is given a keeper."""
 
@@ -315,6 +316,7 @@ class NodeCondenser:
         before = (data.x.coalesce().values(), data.x.coalesce().indices()) if data.x.is_sparse else (data.x,)
         after = tuple(self.condensed_.to_dict().values())
         self.cost_ = run.cost((*before, data.edge_index, data.y), after)
+        marked(self.condensed_, watching.provenance())
         return self
 
 
@@ -401,9 +403,8 @@ class _Matcher:
         with isolated_rng("hops of the network", settings.random_state):
             hops, linear_hops = self._hops(self.network())
         self.hops, self.left = hops, hops - linear_hops
-        for _ in range(linear_hops):  # done once for all: what comes before the first ReLU commutes with the weights
-            features = torch.sparse.mm(self.adjacency, features)
-        self.propagated = features
+        self.features, self.linear_hops = features, linear_hops
+        self._propagated: Tensor | None = None
         self.known: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     @staticmethod
@@ -426,6 +427,17 @@ class _Matcher:
         else:
             made = AdjacencyGCN(features, self.num_classes, chosen.hidden)
         return made.to(self.x.device).train()
+
+    def propagated(self) -> Tensor:
+        """Features after the first layer's propagations, which commute with its weights: computed once.
+
+        Callbacks that get the network may change the features, which are then propagated anew.
+        """
+        if self._propagated is None:
+            self._propagated = self.features
+            for _ in range(self.linear_hops):
+                self._propagated = torch.sparse.mm(self.adjacency, self._propagated)
+        return self._propagated
 
     def learned(self) -> dict[str, Tensor]:
         """Name → what is learned."""
@@ -463,7 +475,7 @@ class _Matcher:
             if number not in self.known:
                 self.known[number] = receptive_blocks(self.adjacency, members, self.left)
             entering, blocks = self.known[number]
-        logits = network(self.propagated[entering], [*[None] * (self.hops - self.left), *blocks])
+        logits = network(self.propagated()[entering], [*[None] * (self.hops - self.left), *blocks])
         loss = cross_entropy(logits, torch.full((len(members),), number, device=logits.device))
         return list(torch.autograd.grad(loss, list(network.parameters())))
 
@@ -490,6 +502,8 @@ class _Matcher:
                     adjacency = self.synthetic_adjacency(drawn, draws)
                 self.train(network, adjacency, inner)
                 self.callbacks.after_network_update(network)
+                if self.callbacks.callbacks:
+                    self._propagated = None
         return sum(losses) / len(losses)
 
     def _seen(self, adjacency: Tensor | None) -> Tensor | list[None]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from sparing.condensation.callbacks import MARK, is_marked, marked
 from sparing.condensation.unrolled import LearnedSteps
 from sparing.core.environment import environment
 from sparing.core.errors import CorruptFile, InvalidValue
@@ -61,10 +62,16 @@ def save_condensed(
             these only.
 
     Raises:
-        InvalidValue: another kind of data, or a provenance that is no JSON; a folder that holds something else.
+        InvalidValue: another kind of data, or a provenance that is no JSON; data in which a backdoor was planted, with
+            a provenance that does not say so; a folder that holds something else.
         StoreError: the folder cannot be written.
     """
     kind, tensors = tensors_of(condensed, steps)
+    if is_marked(condensed) and provenance.get(MARK) is not True:
+        raise InvalidValue(
+            f"a backdoor was planted in this set while it was condensed: it is saved only with a provenance that says "
+            f"so, {MARK} = true, as the condenser's own does"
+        )
     target = Path(folder)
     if target.exists() and not (target / DESCRIPTION).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise InvalidValue(f"{target} is no condensed set, which would take its place; name another folder")
@@ -115,7 +122,7 @@ def load_condensed(folder: Path | str) -> CondensedSet:
         data, steps = data_of(kind, tensors, sets)
     except InvalidValue as error:
         raise CorruptFile(f"{folder / TENSORS}: {error}") from error
-    return CondensedSet(cast(Kind, kind), data, tuple(labels), provenance, steps)
+    return CondensedSet(cast(Kind, kind), marked(data, provenance), tuple(labels), provenance, steps)
 
 
 def tensors_of(condensed: Any, steps: LearnedSteps | None = None) -> tuple[Kind, dict[str, Tensor]]:

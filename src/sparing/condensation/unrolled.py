@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, softplus
 
-from sparing.condensation.callbacks import Callbacks
+from sparing.condensation.callbacks import Callbacks, marked
 from sparing.condensation.images import fresh_network, labelled_images
 from sparing.condensation.run import Run
 from sparing.core.errors import InvalidValue
@@ -290,7 +290,8 @@ class UnrolledCondenser:
         """The images of all steps with their labels."""
         from torch.utils.data import TensorDataset
 
-        return TensorDataset(self.images_.flatten(0, 1), self.labels_.repeat(self.distill_steps))
+        images = TensorDataset(self.images_.flatten(0, 1), self.labels_.repeat(self.distill_steps))
+        return marked(images, Callbacks(self.callbacks).provenance())
 
     @property
     def provenance_(self) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def cost_report(
 def mac_count(model: nn.Module, example: tuple[Any, ...], rule: Rule = "strict") -> MacCount:
     """Multiply-accumulates of one sample by one of :data:`RULES`, by operator and by module.
 
-    ``example`` is a tuple of model inputs; the count is divided by the first dimension of the first output, the batch.
+    ``example`` is a tuple of model inputs with the batch as their first dimension; the count is divided by it.
     """
     if rule not in RULES:
         raise InvalidValue(f"mac_count: rule = {rule!r}; one of {', '.join(map(repr, RULES))} is expected")

@@ -283,8 +283,9 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping
 
     if "__metadata__" in tensors:
         raise InvalidValue(f"cannot write {target}: '__metadata__' is no name for a tensor")
+    said = dict(metadata or {}) if tensors or metadata else None  # with neither it writes what it cannot read
     try:
-        content = save({k: t.detach().contiguous().clone() for k, t in tensors.items()}, dict(metadata or {}))
+        content = save({k: t.detach().contiguous().clone() for k, t in tensors.items()}, said)
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidValue(f"cannot write {target}: {_unwritable(tensors, error)}") from error
     write_atomic(target, content)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
-from sparing.models.convnet import whole
+from sparing.models.convnet import Norm, norm_of, whole
 
 
 class _Embedding(nn.Module):
@@ -33,6 +31,17 @@ class _Embedding(nn.Module):
     def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """(N, in_channels, image_size, image_size) → logits (N, num_classes)."""
         return self.classifier(self.embed(images))
+
+
+def _first_padding(in_channels: int) -> int:
+    """Zeros around an image for a 3×3 convolution: as many for grey ones as make 28 pixels 32."""
+    return 3 if in_channels == 1 else 1
+
+
+def _convolved(model: str, convolution: nn.Conv2d, norm: str) -> list[nn.Module]:
+    """Convolution, norm if there is one, and ReLU."""
+    layer = norm_of(model, norm, convolution.out_channels)
+    return [convolution, *(() if isinstance(layer, nn.Identity) else (layer,)), nn.ReLU()]
 
 
 class BlockNet(_Embedding):
@@ -61,16 +70,14 @@ class BlockNet(_Embedding):
         image_size: int = 28,
         width: int = 128,
         depth: int = 3,
-        norm: Literal["instance", "batch", "none"] = "instance",
+        norm: Norm = "instance",
         hidden: int | None = None,
         first_padding: int | None = None,
     ) -> None:
         sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
         whole("blocknet", **sizes, width=width, depth=depth)
-        if norm not in ("instance", "batch", "none"):
-            raise InvalidValue(f'blocknet: norm = {norm!r}; "instance", "batch" or "none" is expected')
         if first_padding is None:
-            first_padding = 3 if in_channels == 1 else 1
+            first_padding = _first_padding(in_channels)
         whole("blocknet", at_least=0, first_padding=first_padding)
         super().__init__(in_channels, image_size)
         layers: list[nn.Module] = []
@@ -83,10 +90,8 @@ class BlockNet(_Embedding):
                     f"blocknet: {depth} blocks halve an image of {image_size} pixels to nothing; give a smaller depth, "
                     f"at most {block}, or larger images"
                 )
-            layers.append(nn.Conv2d(channels, width, 3, padding=padding))
-            if norm != "none":
-                layers.append(nn.GroupNorm(width, width) if norm == "instance" else nn.BatchNorm2d(width))
-            layers += [nn.ReLU(), nn.AvgPool2d(2)]
+            layers += _convolved("blocknet", nn.Conv2d(channels, width, 3, padding=padding), norm)
+            layers.append(nn.AvgPool2d(2))
             channels = width
         self.features = nn.Sequential(*layers)
         self.classifier: nn.Module = nn.Linear(width * size * size, num_classes)
@@ -131,3 +136,83 @@ class AlexNet(_Embedding):
             *(nn.Linear(64 * size * size, 384), nn.ReLU()),
             *(nn.Linear(384, 192), nn.ReLU(), nn.Linear(192, num_classes)),
         )
+
+
+class LeNet(_Embedding):
+    """LeNet-5 with ReLU and max pooling: two 5×5 convolutions, three linear layers (LeCun et al. 1998).
+
+    Convolution (6) → norm → ReLU → max pooling → convolution (16) → norm → ReLU → max pooling, then linear layers of
+    120 and 84 units and the logits, as condensed images are judged by in Zhao et al. 2021, arXiv:2006.05929. Pooling is
+    2×2.
+
+    Shapes: (N, in_channels, image_size, image_size) → logits (N, num_classes).
+
+    Args:
+        in_channels: channels of an image; a grey one gets two pixels of zeros around it, which makes 28 pixels 32.
+        num_classes: number of logits.
+        image_size: height and width in pixels; at least 12 for grey images, otherwise 16.
+        norm: "none", "instance" (each channel of each image for itself, with learned scale and shift) or "batch".
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, norm: Norm = "none") -> None:
+        whole("lenet", in_channels=in_channels, num_classes=num_classes, image_size=image_size)
+        super().__init__(in_channels, image_size)
+        padding = 2 if in_channels == 1 else 0
+        size = ((image_size + 2 * padding - 4) // 2 - 4) // 2
+        if size < 1:
+            raise InvalidValue(
+                f"lenet: image_size = {image_size}; convolutions and poolings need at least {16 - 2 * padding} pixels"
+            )
+        self.features = nn.Sequential(
+            *(*_convolved("lenet", nn.Conv2d(in_channels, 6, 5, padding=padding), norm), nn.MaxPool2d(2)),
+            *(*_convolved("lenet", nn.Conv2d(6, 16, 5), norm), nn.MaxPool2d(2)),
+        )
+        self.classifier = nn.Sequential(
+            *(nn.Linear(16 * size * size, 120), nn.ReLU()),
+            *(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes)),
+        )
+
+
+class VGG11(_Embedding):
+    """VGG-11 for small images: eight 3×3 convolutions, five times max pooling, one linear layer.
+
+    Configuration A of Simonyan and Zisserman 2015, arXiv:1409.1556, with one linear layer in place of three, as
+    condensed images are judged by in Zhao et al. 2021, arXiv:2006.05929. Each convolution is followed by a norm, if
+    there is one, and ReLU.
+
+    Shapes: (N, in_channels, image_size, image_size) → logits (N, num_classes).
+
+    Args:
+        in_channels: channels of an image; a grey one gets three pixels of zeros around it, which makes 28 pixels 32.
+        num_classes: number of logits.
+        image_size: height and width in pixels; at least 28 for grey images, otherwise 32.
+        width: channels of the first stage; those after it have 2, 4, 8 and 8 times as many.
+        norm: "instance" (each channel of each image for itself, with learned scale and shift), "batch" or "none".
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        image_size: int = 32,
+        width: int = 64,
+        norm: Norm = "instance",
+    ) -> None:
+        whole("vgg11", in_channels=in_channels, num_classes=num_classes, image_size=image_size, width=width)
+        super().__init__(in_channels, image_size)
+        padding = _first_padding(in_channels)
+        size = (image_size + 2 * padding - 2) >> 5
+        if size < 1:
+            raise InvalidValue(
+                f"vgg11: image_size = {image_size}; five times halved needs at least {34 - 2 * padding} pixels"
+            )
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for convolutions in ((1,), (2,), (4, 4), (8, 8), (8, 8)):
+            for times in convolutions:
+                convolution = nn.Conv2d(channels, width * times, 3, padding=1 if layers else padding)
+                layers += _convolved("vgg11", convolution, norm)
+                channels = width * times
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels * size * size, num_classes)

@@ -32,6 +32,19 @@ def each(model: str, name: str, value: object, count: int) -> list[int]:
     return values
 
 
+Norm = Literal["batch", "instance", "none"]
+
+
+def norm_of(model: str, norm: str, channels: int) -> nn.Module:
+    """A norm after a convolution, with learned scale and shift: "batch", "instance" (each channel of each image for
+    itself) or "none", which is the identity. Raises :class:`InvalidValue` for another."""
+    if norm not in ("batch", "instance", "none"):
+        raise InvalidValue(f'{model}: norm = {norm!r}; "batch", "instance" or "none" is expected')
+    if norm == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(channels, channels)
+
+
 class ConvNet(nn.Module):
     """Plain ReLU convolutional network: stages at halving resolution, then a linear layer.
 

@@ -57,7 +57,7 @@ class TinyGraphs(GraphClassification):
     example_edges = 12
 
     def read(self, root: Path | None) -> list[Data]:
-        """Made by a generator of its own: 12 graphs test, 12 validate, of the others 87 train and 9 calibrate."""
+        """Made by a generator of its own: 12 graphs test, 12 validate, of the others 86 train and 10 calibrate."""
         import torch
         from torch_geometric.data import Data
         from torch_geometric.utils import to_undirected

@@ -14,6 +14,7 @@ from sparing.audits.backdoor.pixels import PixelSpace
 from sparing.audits.backdoor.repair import AttentionDistillation, FinePruning
 from sparing.audits.backdoor.stimulation import UnitStimulation
 from sparing.audits.backdoor.strip import Strip
+from sparing.audits.backdoor.subgraphs import OptimisedSubgraph, SubgraphTrigger, graph_rates, node_rates
 from sparing.audits.backdoor.transformations import InputTransforms
 from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger
 
@@ -30,6 +31,7 @@ __all__ = [
     "Images",
     "InputTransforms",
     "NeuralCleanse",
+    "OptimisedSubgraph",
     "OptimisedTrigger",
     "OwnSetComparison",
     "PatchScan",
@@ -41,8 +43,11 @@ __all__ = [
     "SpectralSignatures",
     "Stamp",
     "Strip",
+    "SubgraphTrigger",
     "Subject",
     "UnitStimulation",
     "backdoor_rates",
     "every_defence",
+    "graph_rates",
+    "node_rates",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -78,6 +78,8 @@ class AuditReport:
     findings: tuple[Finding, ...]
     control: tuple[Victim, ...] = ()
     """Networks trained on a clean condensed set, shown the same trigger."""
+    clamped: tuple[Victim, ...] = ()
+    """The victims again, shown the trigger with every value moved into the range of pixels, where it leaves that."""
     target: int | None = None
     trigger: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -86,6 +88,8 @@ class AuditReport:
     """Of the condensed set."""
     seconds: float = 0.0
     """Of training the networks."""
+    units: str = "images"
+    """What was shown to them."""
 
     def rates(self, name: str, victims: Sequence[Victim] | None = None) -> list[float]:
         """ "cta", "asr", "asr_all" or "null" of each network, of those for which it is known."""
@@ -120,7 +124,7 @@ class AuditReport:
         if asr := self.rates("asr"):
             mean, null = float(np.mean(asr)), float(np.mean(self.rates("null")))
             words.append(
-                f"The given trigger leads {mean:.1%} of images of other classes to class {self.target}; "
+                f"The given trigger leads {mean:.1%} of {self.units} of other classes to class {self.target}; "
                 f"without it {null:.1%} go there."
             )
             if self.control:
@@ -128,6 +132,9 @@ class AuditReport:
                 words.append(f"On networks trained on the clean set it leads {clean:.1%} there.")
         if self.trigger.get("valid_pixels") is False:
             words.append("Its patch leaves the range of pixels: no 8-bit image can carry it.")
+        if self.clamped:
+            valid = float(np.mean(self.rates("asr", self.clamped)))
+            words.append(f"Moved into that range it leads {valid:.1%} there.")
         if note := self.provenance.get("note"):
             words.append(f"Of the set: {note}.")
         return " ".join(words)
@@ -151,7 +158,7 @@ class AuditReport:
                 for name in names
                 if (values := self.rates(name, victims))
             }
-            for group, victims in (("victims", self.victims), ("control", self.control))
+            for group, victims in (("victims", self.victims), ("control", self.control), ("clamped", self.clamped))
             if victims
         }
         return jsonable(
@@ -163,13 +170,14 @@ class AuditReport:
                 "summary": summary,
                 "victims": shown(self.victims),
                 "control": shown(self.control),
+                "clamped": shown(self.clamped),
                 "findings": [one.to_json() for one in self.findings],
                 "bytes": self.bytes,
                 "training_seconds": self.seconds,
             }
         )
 
-    def to_markdown(self) -> str:
+    def to_markdown(self, title: str = "Backdoor audit") -> str:
         """Verdict, rates and findings as a page."""
 
         def cell(name: str, victims: Sequence[Victim]) -> str:
@@ -179,7 +187,7 @@ class AuditReport:
             mean, std = mean_and_deviation(values)
             return f"{mean:.1%}" + (f" ± {std:.1%}" if std is not None else "")
 
-        lines = ["# Backdoor audit", "", self.verdict, ""]
+        lines = [f"# {title}", "", self.verdict, ""]
         names = {
             "cta": "clean accuracy",
             "asr": "attack success",
@@ -187,7 +195,8 @@ class AuditReport:
             "null": "target without trigger",
         }
         lines += ["| networks trained on | n | " + " | ".join(names.values()) + " |", "|---" * 6 + "|"]
-        for group, victims in (("the set", self.victims), ("a clean set", self.control)):
+        groups = {"the set": self.victims, "a clean set": self.control, "the set, valid pixels": self.clamped}
+        for group, victims in groups.items():
             if victims:
                 cells = [group, str(len(victims)), *(cell(name, victims) for name in names)]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -209,10 +218,15 @@ class BackdoorAudit:
 
     Args:
         defences: what to ask; None: :func:`every_defence`. They examine the first network.
+        ask: how each is asked, for whoever keeps what they answer.
     """
 
-    def __init__(self, defences: Sequence[Defence] | None = None) -> None:
-        self.defences = every_defence() if defences is None else list(defences)
+    def __init__(
+        self,
+        defences: Sequence[Defence] | None = None,
+        ask: Callable[[Defence, Subject], Finding] = lambda defence, subject: defence.examine(subject),
+    ) -> None:
+        self.defences, self.ask = every_defence() if defences is None else list(defences), ask
 
     def run(
         self,
@@ -225,7 +239,7 @@ class BackdoorAudit:
         models: Sequence[nn.Module] = (),
         trigger: Trigger | None = None,
         target: int | None = None,
-        control: tuple[Tensor, Tensor] | None = None,
+        control: tuple[Tensor, Tensor] | Sequence[nn.Module] | None = None,
         reference: tuple[Tensor, Tensor] | None = None,
         own: tuple[Tensor, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -245,7 +259,8 @@ class BackdoorAudit:
             models: trained networks to audit instead of training some; not changed.
             trigger: the attacker's, where it is known, with its ``target``.
             target: class that the trigger leads to.
-            control: a clean condensed set, to tell a backdoor from a patch that upsets any network.
+            control: a clean condensed set, or networks trained on one, to tell a backdoor from a patch that upsets any
+                network.
             reference: real images of every class for the residual map; None: the hold-out.
             own: a set condensed by oneself, for the comparison with it.
             provenance: what the set says of itself, copied into the report.
@@ -266,11 +281,13 @@ class BackdoorAudit:
                 )
         if (trigger is None) != (target is None):
             raise InvalidValue("a trigger and its target class go together; give both or neither")
-        sets = {
-            name: Images(*labelled_images(*given))
-            for name, given in {"condensed": condensed, "control": control, "reference": reference, "own": own}.items()
-            if given is not None
-        }
+        given = {"condensed": condensed, "reference": reference, "own": own}
+        controls = list[nn.Module]()
+        if control is not None and all(isinstance(one, nn.Module) for one in control):
+            controls = [one for one in control if isinstance(one, nn.Module)]
+        else:
+            given["control"] = cast(tuple[Tensor, Tensor] | None, control)
+        sets = {name: Images(*labelled_images(*pair)) for name, pair in given.items() if pair is not None}
         for name, images in sets.items():
             own_shape, shape = tuple(images.x.shape[1:]), tuple(holdout.x.shape[1:])
             if own_shape != shape:
@@ -289,8 +306,12 @@ class BackdoorAudit:
         if trigger is not None and target is not None:
             check_target(target, classes)
             stamp = Stamp(target, trigger.apply if isinstance(trigger, PatchTrigger) else trigger, "attacker")
-        controls = self._train(sets["control"], model_factory, numbers, recipe) if "control" in sets else []
+        if "control" in sets:
+            controls = self._train(sets["control"], model_factory, numbers, recipe)
         seconds = time.perf_counter() - start
+        clamped = None
+        if isinstance(trigger, PatchTrigger) and stamp and not trigger.describe()["valid_pixels"]:
+            clamped = replace(stamp, apply=trigger.clamped().apply)
         subject = Subject(
             model=victims[0],
             holdout=holdout,
@@ -305,6 +326,7 @@ class BackdoorAudit:
             victims=tuple(measure_victim(model, holdout, stamp) for model in victims),
             findings=tuple(self.examine(subject)),
             control=tuple(measure_victim(model, holdout, stamp) for model in controls),
+            clamped=tuple(measure_victim(model, holdout, clamped) for model in victims) if clamped else (),
             target=target,
             trigger=trigger.describe() if isinstance(trigger, PatchTrigger) else {},
             provenance=dict(provenance or {}),
@@ -317,10 +339,10 @@ class BackdoorAudit:
 
         Where the attacker's trigger is not known, those that reconstruct one are asked first, for the others' sake.
         """
-        found = {i: one.examine(subject) for i, one in enumerate(self.defences) if one.reconstructs}
+        found = {i: self.ask(one, subject) for i, one in enumerate(self.defences) if one.reconstructs}
         if not subject.stamps:
             subject = replace(subject, stamps=tuple(stamp for one in found.values() for stamp in one.stamps))
-        found |= {i: one.examine(subject) for i, one in enumerate(self.defences) if not one.reconstructs}
+        found |= {i: self.ask(one, subject) for i, one in enumerate(self.defences) if not one.reconstructs}
         return [found[i] for i in range(len(self.defences))]
 
     @staticmethod

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from sparing.audits.backdoor.pixels import PixelSpace
 from sparing.core.errors import InvalidValue
 from sparing.core.randomness import derive_seed, isolated_rng
+
+if TYPE_CHECKING:
+    from sparing.core.training.fit import Keeper
 
 Level = Literal["model", "input", "data"]
 Verdict = Literal["evidence", "no evidence", "mitigated", "not mitigated", "not applicable"]
@@ -41,6 +44,8 @@ class Stamp:
     """Normalised images (N, C, H, W) → copies with the trigger."""
     origin: str
     """"attacker", or the defence that reconstructed it."""
+    parts: tuple[Float[Tensor, "1 h w"], Float[Tensor, "c h w"]] | None = None
+    """Mask and pattern of a reconstructed one, 0 to 1, from which it can be made again."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Subject:
     stamps: tuple[Stamp, ...] = ()
     """Triggers to try the input-level defences with."""
     seed: int = 0
+    keeper: Keeper | None = None
+    """Where a defence that takes long keeps how far it is, and goes on from."""
 
     def halves(self) -> tuple[Images, Images]:
         """The hold-out cut in two at random: one half to fit a defence to, the other to judge it by."""

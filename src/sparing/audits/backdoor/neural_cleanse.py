@@ -139,7 +139,7 @@ def stamp_of(found: Reversed, pixels: PixelSpace, origin: str) -> Stamp:
         mask, pattern = found.mask.to(x), found.pattern.to(x)
         return pixels.normalise((1 - mask) * pixels.to_unit(x) + mask * pattern)
 
-    return Stamp(found.target, apply, origin)
+    return Stamp(found.target, apply, origin, (found.mask, found.pattern))
 
 
 class NeuralCleanse(Defence):
@@ -162,12 +162,18 @@ class NeuralCleanse(Defence):
         self.epochs, self.batch, self.threshold = epochs, batch, threshold
 
     def judge(self, subject: Subject) -> Finding:
-        """Masks of all classes, their L1 norms and anomaly indices."""
+        """Masks of all classes, their L1 norms and anomaly indices; each class is kept once it is done."""
         generator = torch.Generator().manual_seed(subject.seed)
-        found = [
-            reverse_trigger(subject.model, subject.holdout.x, c, subject.pixels, self.epochs, self.batch, generator)
-            for c in range(subject.classes)
-        ]
+        found = list[Reversed]()
+        state = subject.keeper.load() if subject.keeper is not None else None
+        if state is not None:
+            found = [Reversed(**one) for one in state["found"]]
+            generator.set_state(state["generator"])
+        settings = (self.epochs, self.batch, generator)
+        for c in range(len(found), subject.classes):
+            found.append(reverse_trigger(subject.model, subject.holdout.x, c, subject.pixels, *settings))
+            if subject.keeper is not None:
+                subject.keeper.save({"found": [vars(one) for one in found], "generator": generator.get_state()})
         norms = np.array([one.l1 for one in found])
         figures = {"mask_l1": norms, "success": [one.success for one in found]}
         outliers = mad_outliers(norms, "lower", self.threshold)

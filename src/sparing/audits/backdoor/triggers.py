@@ -6,7 +6,7 @@ evaluating defences on one's own data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -110,17 +110,34 @@ class PatchTrigger:
         """The patch in 8-bit pixels; :class:`InvalidValue` when its values are no pixels."""
         return self.pixels.to_uint8(self.patch)
 
+    def clamped(self) -> PatchTrigger:
+        """The same patch at the same place, each value moved to the nearest valid pixel, in whole 8-bit steps."""
+        pixels = self.pixels.to_uint8(self.pixels.clamp(self.patch))
+        return PatchTrigger(self.image_shape, self.pixels, self.size, (self.row, self.column), value=pixels)
+
     def describe(self) -> dict[str, Any]:
-        """Place, size and range of the patch, for a report."""
+        """Place, size, range and [0, 1] pixels of the patch, for a report."""
         unit = self.pixels.to_unit(self.patch)
         return {
+            "kind": "patch",
             "size": self.size,
             "row": self.row,
             "column": self.column,
             "lowest": float(unit.min()),
             "highest": float(unit.max()),
             "valid_pixels": self.pixels.excess(self.patch) <= 1e-3,
+            "patch": unit.tolist(),
         }
+
+    @classmethod
+    def described(cls, image_shape: Sequence[int], pixels: PixelSpace, description: Mapping[str, Any]) -> PatchTrigger:
+        """The trigger that :meth:`describe` told of, in any space; its values are not changed if they are no pixels."""
+        made = PatchTrigger(image_shape, pixels, description["size"], (description["row"], description["column"]))
+        unit = torch.zeros(made.image_shape)
+        rows, columns = slice(made.row, made.row + made.size), slice(made.column, made.column + made.size)
+        unit[:, rows, columns] = torch.tensor(description["patch"])
+        made.image = pixels.normalise(unit)
+        return made
 
 
 @dataclass(frozen=True)
@@ -227,8 +244,9 @@ class TriggerHistory:
     updates: int = 0
     moved: int = 0
     steps: int = 0
-    images: list[Float[Tensor, "c h w"]] = field(default_factory=list)
-    """The trigger after each update that moved it: a defence fitted to one of them may miss another."""
+    images: list[Tensor] = field(default_factory=list)
+    """The trigger, (C, H, W), or a subgraph's rows after each update that moved it: a defence fitted to one of them may
+    miss another."""
 
 
 class OptimisedTrigger(PatchTrigger):

@@ -418,7 +418,7 @@ def _layers(model: nn.Module, macs: Mapping[str, int]) -> Iterator[dict[str, Any
 def count_macs(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
     """(multiply-accumulates of one sample, the same by module name), by :data:`MACS_RULE`.
 
-    The count is divided by the samples that the model answers: the first dimension of its first output.
+    The count is divided by the number of samples, :func:`samples_of` the inputs.
     """
     counts, batch = count_operations(model, example)
     macs = {name: sum(operations.values()) // 2 // batch for name, operations in counts.items()}
@@ -455,15 +455,16 @@ def count_operations(
 
 
 def samples_of(answers: Any, inputs: Any) -> int:
-    """How many samples a model answered: the first dimension of its first output, or else of its first input.
+    """How many samples a model answered: the first dimension that its inputs share, else that of its first output.
 
-    Nodes of a graph, and graphs of a set, are samples that the inputs do not show.
+    The inputs of a model on graphs have different ones; its samples are the nodes, or the graphs, it answers for.
     """
     from sparing.core.predictor.tree import leaves
 
-    return next(
-        (leaf.shape[0] for tree in (answers, inputs) for _, leaf in leaves(tree) if getattr(leaf, "ndim", 0)), 1
+    given, made = (
+        [leaf.shape[0] for _, leaf in leaves(tree) if getattr(leaf, "ndim", 0)] for tree in (inputs, answers)
     )
+    return next(iter(given if len(set(given)) == 1 else [*made, *given]), 1)
 
 
 def _device(model: nn.Module) -> torch.device:

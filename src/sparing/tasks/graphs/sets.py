@@ -40,8 +40,9 @@ class GraphClassification(Task):
     A subclass sets the class variables and reads its graphs in :meth:`read`. Splits are
     :class:`~sparing.data.graphs.PackedGraphs`, data sets of PyG ``Data``. A batch is a
     :class:`~sparing.data.graphs.GraphBatch`, ``(x (nodes, F), edge_index (2, E), node_ptr (graphs + 1,), y (graphs,),
-    edge_weight (E,) or None)``. A model maps ``x, edge_index, node_ptr`` to logits (graphs, classes); where graphs have
-    weights, as condensed ones may, these are its fourth input.
+    edge_weight (E,) or None)``. A model maps ``x, edge_index, node_ptr`` to logits (graphs, classes); the weights of
+    a batch that has them are its fourth input. Condensed graphs may have weights though the set has none: a model is
+    then trained with a fourth input and deployed without.
 
     With ``one_logit`` two classes share one logit z, the second's probability is 1 / (1 + exp(−z)), the loss is the
     binary cross-entropy, and the headline is the area under the ROC curve, as for the molecules of the Open Graph
@@ -64,6 +65,8 @@ class GraphClassification(Task):
     """Nodes of a graph of an example input, about the mean of the set."""
     example_edges: int
     """Edges of a graph of an example input, each direction counted, about the mean of the set."""
+    edge_weight: bool = False
+    """Whether edges have weights, a model's fourth input."""
     one_logit: bool = False
     """Whether two classes share one logit."""
     calibration_share: ClassVar[float] = 0.1
@@ -100,12 +103,19 @@ class GraphClassification(Task):
         graphs = PackedGraphs.of(given)
         if graphs.x.shape[1] != self.in_features:
             raise DataError(f"{self.name}: {graphs.x.shape[1]} features; {self.in_features} are expected")
+        if (graphs.edge_weight is not None) != self.edge_weight:
+            raise DataError(
+                f"{self.name}: edges {'without' if self.edge_weight else 'with'} weights, but edge_weight = "
+                f"{self.edge_weight}"
+            )
         for graph in ((graphs.y < 0) | (graphs.y >= len(self.labels))).nonzero()[:1, 0].tolist():
             raise DataError(
                 f"{self.name}: graph {graph} has the class {int(graphs.y[graph])}; 0…{len(self.labels) - 1} is expected"
             )
         rows = tu_split(len(graphs), self.split_seed)
         train = rows["train"][: self.train_limit]
+        if len(train) == 0:
+            raise DataError(f"{self.name}: {len(graphs)} graphs leave none for training")
         parts = stratified_cut(graphs.y[torch.from_numpy(train)].numpy(), {"calibration": self.calibration_share}, 0)
         rows |= {"test": rows["test"][: self.test_limit]}
         rows |= {"train": train[parts["rest"]], "calibration": train[parts["calibration"]]}
@@ -157,22 +167,24 @@ class GraphClassification(Task):
         return Evaluation(metrics, scored.per_unit, scored.by_class)
 
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
-        """``batch`` random graphs of about the set's mean size: (x float32, edge_index int64, node_ptr int64).
+        """``batch`` random graphs of about the set's mean size: (x, edge_index, node_ptr[, weights of the edges]).
 
         The first is of that size, those after it larger or smaller, so that numbers of nodes and edges are free.
         """
         import torch
 
         generator = torch.Generator().manual_seed(0)
-        step = max(self.example_nodes // 4, 1)
-        sizes = [self.example_nodes + (0, step, 1 - step)[graph % 3] for graph in range(batch)]
+        size = max(self.example_nodes, 3)
+        sizes = [size + (0, size // 4 + 1, -(size // 4))[graph % 3] for graph in range(batch)]
         node_ptr = torch.tensor([0, *sizes]).cumsum(0)
         pairs = []
         for graph, size in enumerate(sizes):
             ends = torch.randint(size, (2, max(self.example_edges // 2, 1) + graph % 3), generator=generator)
             pairs.append(torch.cat([ends, ends.flip(0)], 1) + node_ptr[graph])
         x = torch.rand(int(node_ptr[-1]), self.in_features, generator=generator)
-        return x, torch.cat(pairs, 1), node_ptr
+        edge_index = torch.cat(pairs, 1)
+        weights = (torch.rand(edge_index.shape[1], generator=generator),) if self.edge_weight else ()
+        return x, edge_index, node_ptr, *weights
 
     def model_fields(self) -> Mapping[str, Any]:
         """``in_features`` and ``num_classes``, which is 1 with ``one_logit``."""
@@ -255,7 +267,7 @@ class TuFolder(GraphClassification):
         features: of nodes: "auto" (attributes and labels, whichever there are, else degrees), "labels" (zeros and a
             one), "attributes" (as they are), "degree" (zeros and a one) or "constant" (a single 1).
         max_degree: for degrees: nodes of this one and of more are alike.
-        edge_weight: take the only column of ``DS_edge_attributes.txt`` as weights. Exported models take none.
+        edge_weight: take the only column of ``DS_edge_attributes.txt`` as weights.
         undirected: add the reverse of each edge that has none.
         one_logit: two classes share one logit, and the headline is the area under the ROC curve.
         split_seed: of the permutation of which the first tenth tests and the second validates.
