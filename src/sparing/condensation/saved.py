@@ -138,9 +138,7 @@ def tensors_of(condensed: Any, steps: LearnedSteps | None = None) -> tuple[Kind,
             tensors |= {RATES: steps.learning_rates, **{INITIAL + name: weight for name, weight in initial}}
         return "images", tensors
     if steps is not None:
-        raise InvalidValue(
-            f"steps with a {type(condensed).__name__}; only images are learned from by steps of their own"
-        )
+        raise InvalidValue(f"steps with a {type(condensed).__name__}; only images have steps of their own")
     if isinstance(condensed, PackedGraphs):
         return "graphs", condensed.tensors()
     if isinstance(condensed, Sequence) and len(condensed):

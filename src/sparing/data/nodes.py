@@ -28,6 +28,8 @@ class NodeSet:
         edge_weight: float (E,), or None: all edges weigh the same.
     """
 
+    edge_weight: Tensor | None = None
+
     def __init__(
         self, x: Tensor, edge_index: Tensor, nodes: Tensor, labels: Tensor, edge_weight: Tensor | None = None
     ) -> None:
