@@ -174,7 +174,7 @@ class Condense(Step):
             kind.check_size(real)
             codec: All[Any] = All({"tensors": TENSORS, "record": JSON})
             stored: dict[str, Any] = job.store.once(
-                "condensed", lambda: kind.make(job, real, self._device()).stored(), codec
+                "condensed", lambda: kind.make(job, real, self.chosen_device()).stored(), codec
             )
             made = kind.restored(stored)
             made = kind.finished(job, made, real)
@@ -262,7 +262,7 @@ class Condense(Step):
             raise IncompatibleStep(f"{self.id!r}: saved = {self.saved}: its weights are not those of its {name}")
         return name, own
 
-    def _device(self) -> torch.device:
+    def chosen_device(self) -> torch.device:
         """Where to condense."""
         import torch
 

@@ -75,7 +75,7 @@ class GraphSimulation:
         def made() -> dict[str, Any]:
             attack = self.attack(real.data.x) if where == "attacked" else None
             kind.callbacks = () if attack is None else (attack,)
-            stored = kind.make(child, real, self.condense._device()).stored()
+            stored = kind.make(child, real, self.condense.chosen_device()).stored()
             return {**stored, "said": {} if attack is None else attack.provenance}
 
         kept = child.store.once("condensed", made, CONDENSED)

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from sparing.audits.backdoor.attack import CondensationBackdoor
 from sparing.audits.backdoor.audit import AuditReport, BackdoorAudit, every_defence, mean_and_deviation
 from sparing.audits.backdoor.finding import Defence, Finding, Images, Subject
-from sparing.audits.backdoor.graph_simulation import GraphSimulation
+from sparing.audits.backdoor.graph_simulation import CONDENSED, VICTIM, GraphSimulation
 from sparing.audits.backdoor.layers import predict
 from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
@@ -48,9 +48,7 @@ REFERENCE_IMAGES = 6000
 PICTURE_SIDE = 224
 """Small pictures are enlarged to about so many pixels for the report."""
 FINDING: All[Any] = All({"finding": JSON, "pictures": TENSORS, "stamps": TENSORS})
-VICTIM: All[Any] = All({"weights": TENSORS, "seconds": JSON})
 SAID_POISONED = {"poisoned": True, "note": "it says of itself that a backdoor was planted in it"}
-CONDENSED: All[Any] = All({"tensors": TENSORS, "record": JSON, "said": JSON})
 
 
 class Condensed(NamedTuple):
@@ -123,7 +121,7 @@ def fitting(network: nn.Module, task: Task, field: str) -> nn.Module:
 def packed(finding: Finding) -> dict[str, Any]:
     """A finding as the store keeps it."""
 
-    stamps = {}
+    stamps = dict[str, Tensor]()
     for number, stamp in enumerate(finding.stamps):
         if stamp.parts is None:
             raise InvalidValue(f"{finding.defence}: a trigger without mask and pattern cannot be kept")
@@ -133,7 +131,7 @@ def packed(finding: Finding) -> dict[str, Any]:
     return {"finding": finding.to_json(), "pictures": pictures, "stamps": stamps}
 
 
-def unpacked(kept: Mapping[str, Any], pixels: PixelSpace) -> Finding:
+def unpacked(kept: dict[str, Any], pixels: PixelSpace) -> Finding:
     """The finding that :func:`packed` was given."""
     fields, stamps = dict(kept["finding"]), kept["stamps"]
     numbers = sorted({int(name.partition(".")[0]) for name in stamps})
@@ -405,10 +403,11 @@ class AuditBackdoor(Step):
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
-        assert self.condense is not None
+        condense = self.condense
+        assert condense is not None
         seed = derive_seed("audit", job.seed) % 2**31  # not the job's own: a set of one's own is another set
         child = job.fork(where, train=job.task.splits(job.root).train, seed=seed)
-        kind = kind_of(self.condense, job.task)
+        kind = kind_of(condense, job.task)
         assert isinstance(kind, ImageKind)
         real = kind.read(child)
         kind.check_size(real)
@@ -427,7 +426,7 @@ class AuditBackdoor(Step):
                     seed,
                 )
                 kind.callbacks = (attack,)
-            found = kind.make(child, real, self.condense._device()).stored()
+            found = kind.make(child, real, condense.chosen_device()).stored()
             if where == "attacked":
                 said = dict(attack.provenance)
             return {**found, "said": said}
