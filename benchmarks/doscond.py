@@ -1,7 +1,7 @@
 """Condensation of graphs and images by one-step matching: accuracy beside chosen real data, speed and memory.
 
 python benchmarks/doscond.py train [BEGINNING …]      # only the pieces whose names begin so, in order of importance
-python benchmarks/doscond.py [graphs] [nodes] [images] [cost]
+python benchmarks/doscond.py [graphs] [nodes] [images] [memory] [time] [speed]
 PIECES=found python benchmarks/doscond.py …           # only from pieces that are there; the results say how many
 
 Four sets of molecules and proteins, Cora, Citeseer and Fashion-MNIST. Every condensed set and every accuracy is a
@@ -908,7 +908,7 @@ def measure_speed() -> Claim:
 
 
 def measure_linear_time() -> Claim:
-    """Time against the number of real graphs: as the papers' batches go, and with all graphs in every iteration."""
+    """Time against the number of real graphs, the fastest of several: with batches, and with all graphs each time."""
     figures: dict[str, dict[str, float]] = {}
     exponents = {}
     for name in ("NCI1", "DD"):
@@ -924,12 +924,12 @@ def measure_linear_time() -> Claim:
         )
         for batch, what in ((256 if name == "NCI1" else 16, "batches"), (len(whole), "all graphs")):
             times: dict[float, list[float]] = {share: [] for share in sets}
-            for _ in range(3):
+            for _ in range(4):
                 for share, some in sets.items():
-                    times[share] += iteration_seconds(make, some, 2 if batch == len(whole) else 6, batch_real=batch)
-            medians = {share: float(np.median(values)) for share, values in times.items()}
-            figures[f"{name}, {what}"] = {f"{share:g} of the graphs, seconds of CPU": s for share, s in medians.items()}
-            exponents[f"{name}, {what}"] = float(np.log(medians[1.0] / medians[0.25]) / np.log(4))
+                    times[share] += iteration_seconds(make, some, 3 if batch == len(whole) else 6, batch_real=batch)
+            fastest = {share: float(np.min(values)) for share, values in times.items()}
+            figures[f"{name}, {what}"] = {f"{share:g} of the graphs, seconds of CPU": s for share, s in fastest.items()}
+            exponents[f"{name}, {what}"] = float(np.log(fastest[1.0] / fastest[0.25]) / np.log(4))
     return Claim(
         id="linear_time",
         statement="an iteration's time grows no faster than linearly in the number of real graphs",
@@ -1044,7 +1044,6 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
 def train_all(beginnings: Sequence[str]) -> None:
     """Make all pieces, or those of jobs whose names begin so."""
     print(work(), flush=True)
-    torch.set_num_threads(1)
     for name, job in jobs():
         if not beginnings or name.startswith(tuple(beginnings)):
             job()
@@ -1079,20 +1078,17 @@ def measure_images() -> list[Claim]:
     return there(small_images(10, "images_ipc10", True), small_images(1, "images_ipc1", False))
 
 
-def measure_cost() -> list[Claim]:
-    """What takes time and memory; to be run on a quiet machine."""
-    torch.set_num_threads(1)
-    return [measure_memory(), measure_linear_time(), measure_speed()]
-
-
 BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
     "graphs": measure_graphs,
     "nodes": measure_nodes,
     "images": measure_images,
-    "cost": measure_cost,
+    "memory": lambda: [measure_memory()],
+    "time": lambda: [measure_linear_time()],
+    "speed": lambda: [measure_speed()],
 }
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     if sys.argv[1:2] == ["train"]:
         train_all(sys.argv[2:])
     else:
