@@ -464,7 +464,7 @@ NODE_ARMS: dict[str, dict[str, Any]] = {
     "doscond": ONE_STEP,
     "features only": ONE_STEP | {"structure": "identity"},
     "gcond, same network": ONE_STEP
-    | {"outer_steps": 20, "inner_steps": 15, "max_iter": 8, "lr_feat": 1e-4, "lr_adj": 1e-4, "distance": "layer_cos"},
+    | {"outer_steps": 20, "inner_steps": 15, "max_iter": 20, "lr_feat": 1e-4, "lr_adj": 1e-4, "distance": "layer_cos"},
     "gcond, sgc, features only": {
         **{"network": "sgc", "distance": "layer_cos", "structure": "identity", "outer_steps": 20, "inner_steps": 15},
         **{"lr_feat": 1e-4, "max_iter": 12},
