@@ -135,7 +135,7 @@ def average(values: Sequence[float]) -> float:
 def table(figures: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
     """Baselines of a claim: each arm's mean over splits or seeds, and how many these are."""
     return [
-        {"name": f"{name} (n = {len(v)})", "figure": float(np.mean(list(v.values())))}
+        {"name": name if "draws" in name else f"{name} (n = {len(v)})", "figure": float(np.mean(list(v.values())))}
         for name, v in figures.items()
         if v
     ]
@@ -374,6 +374,8 @@ def measure_sizes() -> Claim | None:
     for name, counts in COUNTS.items():
         for count in counts:
             figures = graph_figures(name, count, ("whole set", "doscond", "random"))
+            if not figures["doscond"]:
+                continue
             for arm in ("doscond", "random"):
                 found = [v / figures["whole set"][n] for n, v in figures[arm].items() if n in figures["whole set"]]
                 if found:
@@ -385,14 +387,16 @@ def measure_sizes() -> Claim | None:
         arm: next((int(count) for count, share in by_count.items() if share >= 98), None)
         for arm, by_count in shares.items()
     }
+    measured = [name for name in COUNTS if f"{name}, doscond" in shares]
+    sizes = "; ".join(f"{name} at {', '.join(shares[f'{name}, doscond'])} per class" for name in measured)
     return Claim(
         id="size_98",
-        statement="at most 50 condensed graphs per class keep 98 % of the whole set's accuracy: NCI1, PROTEINS, DD",
+        statement="few condensed graphs per class keep 98 % of the whole set's accuracy",
         source=ISSUE,
-        figure=float(sum(smallest.get(f"{name}, doscond") is not None for name in COUNTS)),
-        unit="of the three sets",
-        comparison="==",
-        threshold=3.0,
+        figure=float(sum(smallest[f"{name}, doscond"] is not None for name in measured)),
+        unit=f"sets that do, of {len(measured)} measured: {sizes}",
+        comparison=">=",
+        threshold=float(len(COUNTS)),
         gate=False,
         details={
             "smallest size per class that keeps 98 %": smallest,
@@ -691,6 +695,8 @@ def measure_to_accuracy() -> Claim | None:
 
 REAL, HELD_OUT, TESTED = 20_000, 3_000, 5_000
 IMAGE_SEEDS = range(5)
+MORE_DRAWS = range(5, 11)
+"""Of random images only, since single draws differ by points."""
 IMAGE_EPOCHS = {False: 150, True: 300}
 """Without and with augmentation."""
 MATCHED = {"distance": "mse", "lr_img": 4.0, "lr_net": 0.05, "outer_steps": 10, "inner_steps": 3, "max_iter": 3}
@@ -810,6 +816,9 @@ def small_images(count: int, claim: str, gate: bool) -> Claim | None:
     methods = {arm: gains[arm].value for arm in ("dc", "dsa", "dm")}
     worst = min(methods, key=lambda arm: methods[arm])
     seeds = list(figures["dc"])
+    draws = figures["random"] | over(MORE_DRAWS, functools.partial(image_arm, "random", count))
+    everywhere = float(np.mean(list(draws.values())))
+    over_all = {arm: float(np.mean(list(figures[arm].values()))) - everywhere for arm in methods}
     costs = {m: [condensed_images(m, count, seed)[1]["cost"]["cpu_s"] for seed in figures[m]] for m in IMAGES}
     other = {
         f"{kind}, {arm}": list(over(IMAGE_SEEDS, functools.partial(image_arm, arm, count, kind=kind)).values())
@@ -829,8 +838,11 @@ def small_images(count: int, claim: str, gate: bool) -> Claim | None:
         gate=gate,
         interval95=gains[worst].interval,
         seeds=seeds,
-        baselines=table(figures),
+        baselines=table({f"random, {len(draws)} draws": draws} | figures),
+        also=[(f"the least over the mean of all {len(draws)} draws", min(over_all.values()), ">=", 5.0)],
         details={
+            "points over the mean of all draws": over_all,
+            "all draws": list(draws.values()),
             "points over random": {arm: gain.value for arm, gain in gains.items()},
             "interval95": {arm: gain.interval for arm, gain in gains.items()},
             "accuracy by seed": {arm: list(v.values()) for arm, v in figures.items()},
@@ -999,6 +1011,8 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"cora/{number}/{arm}", functools.partial(node_arm, "cora", arm, number)
         for arm in ("herding", "kcenter"):
             yield f"cora/{number}/{arm}", functools.partial(node_arm, "cora", arm, number)
+    for number in MORE_DRAWS:
+        yield f"images/{number}/random", functools.partial(image_arm, "random", 10, number)
     for number in CURVE_SPLITS:
         for arm in CURVES:
             yield f"curve/cora/{number}/{arm}", functools.partial(node_curve, number, arm)
