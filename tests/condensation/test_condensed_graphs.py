@@ -116,6 +116,10 @@ def test_the_best_epoch_is_kept() -> None:
     torch.manual_seed(0)
     spoilt = train_on_graphs(network(), graphs(20), swapped, epochs=20, lr=0.05)
     assert graph_accuracy(trained, val) > graph_accuracy(spoilt, val)
+    for chosen in ({"val": None}, {"val": swapped, "validate_every": 50}):  # a look at the end only chooses nothing
+        torch.manual_seed(0)
+        last = train_on_graphs(network(), graphs(20), **chosen, epochs=20, lr=0.05)
+        assert graph_accuracy(last, val) > graph_accuracy(spoilt, val)
 
 
 def test_networks_learn_from_one_graph_and_its_light_edges_are_cut() -> None:
