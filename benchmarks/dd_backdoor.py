@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from _claims import Claim, main
 from sparing.audits.backdoor import (
     ActivationClustering,
     AttentionDistillation,
@@ -66,6 +67,7 @@ from sparing.condensation.unrolled import UnrolledCondenser
 from sparing.core import files
 from sparing.core.fingerprint import fingerprint
 from sparing.core.randomness import isolated_rng
+from sparing.core.statistics import share_interval, t_interval
 from sparing.core.store import Progress
 from sparing.models import blocknet
 from sparing.models.blocknet import AlexNet, BlockNet
@@ -73,9 +75,11 @@ from sparing.tasks.images.published import FashionMNIST
 
 ISSUE = "issue Less data, gates of the audit"
 SHEET = "sheet dd_backdoor, demonstration"
-SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0,1,2,3,4,5,6,7,8,9").split(",")]
+SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0,1,2,3,4").split(",")]
 TRAIN, HOLDOUT, TEST = 6_000, 500, 2_000
 IPC, TARGET = 10, 0
+VICTIMS = 2
+"""Of each of the sets that the gates are about; the others have at least one."""
 SHAPE = (1, 28, 28)
 PIXELS = PixelSpace(*FashionMNIST.normalisation)
 
@@ -91,22 +95,36 @@ class Attack:
     clip: Literal["valid"] | None = "valid"
     skip_dead: bool = True
     topk: int = 1
-    alpha: float = 10.0
+    alpha: float = 30.0
     steps: int = 200
-    iterations: int = 20
+    iterations: int = 15
+    lr_img: float = 1.0
+
+    def made_like(self, other: Attack) -> bool:
+        """Whether the condensers are the same."""
+        return (self.condenser, self.lr_img) == (other.condenser, other.lr_img)
 
 
 CLEAN, NAIVE, UNCLIPPED = Attack("clean"), Attack("static"), Attack("doorping", clip=None)
-CODE = {"skip_dead": False, "steps": 300}
+SLOW: dict[str, Any] = {"lr_img": 0.1, "alpha": 10.0, "iterations": 20}
+"""As published, but for the number of iterations: images hardly move in so few, and many updates have no effect."""
+MIDDLE: dict[str, Any] = {"lr_img": 0.3, "iterations": 10}
+CODE: dict[str, Any] = {"skip_dead": False, "steps": 300, "alpha": 10.0}
 ATTACKS: dict[str, Attack] = {
     "clean": CLEAN,
     "naive": NAIVE,
     "unclipped": UNCLIPPED,
+    "clean_slow": replace(CLEAN, **SLOW),
+    "naive_slow": replace(NAIVE, **SLOW),
+    "unclipped_slow": replace(UNCLIPPED, **SLOW),
+    "clean_middle": replace(CLEAN, **MIDDLE),
+    "naive_middle": replace(NAIVE, **MIDDLE),
+    "unclipped_middle": replace(UNCLIPPED, **MIDDLE),
     # valid pixels: under the clamp, a larger patch, a longer schedule, more units; a white patch as large beside them
     "clipped": Attack("doorping"),
     "clipped_8x8": Attack("doorping", size=8),
     "naive_8x8": replace(NAIVE, size=8),
-    "clipped_8x8_long": Attack("doorping", size=8, iterations=40),
+    "clipped_8x8_long": Attack("doorping", size=8, iterations=30),
     "clipped_10_units": Attack("doorping", topk=10),
     # the sheet's table
     "naive_2x2_1": replace(NAIVE, size=2, portion=0.01),
@@ -117,18 +135,21 @@ ATTACKS: dict[str, Attack] = {
     "unclipped_4x4_5": replace(UNCLIPPED, portion=0.05),
     "naive_2x2_10": replace(NAIVE, size=2),
     "unclipped_2x2_10": replace(UNCLIPPED, size=2),
+    "unclipped_alpha_10": replace(UNCLIPPED, alpha=10.0),
     "clipped_code_unit": Attack("doorping", **CODE),
     # other condensers
-    "dm_clean": replace(CLEAN, condenser="dm", iterations=100),
-    "dm_naive": replace(NAIVE, condenser="dm", iterations=100),
-    "dm_unclipped": replace(UNCLIPPED, condenser="dm", iterations=100),
-    "dd_clean": replace(CLEAN, condenser="dd", iterations=20),
-    "dd_naive": replace(NAIVE, condenser="dd", iterations=20),
-    "dd_unclipped": replace(UNCLIPPED, condenser="dd", iterations=20),
+    "dm_clean": replace(CLEAN, condenser="dm", lr_img=1.0, iterations=100),
+    "dm_naive": replace(NAIVE, condenser="dm", lr_img=1.0, iterations=100),
+    "dm_unclipped": replace(UNCLIPPED, condenser="dm", lr_img=1.0, iterations=100, steps=50),
+    "dd_clean": replace(CLEAN, condenser="dd", iterations=10),
+    "dd_naive": replace(NAIVE, condenser="dd", iterations=10),
+    "dd_unclipped": replace(UNCLIPPED, condenser="dd", iterations=10),
 }
 GATES = ("clean", "naive", "unclipped")
 VALID = ("clipped", "clipped_8x8", "naive_8x8", "clipped_8x8_long", "clipped_10_units")
-TABLE = tuple(name for name, one in ATTACKS.items() if name not in (*GATES, *VALID) and one.condenser == "dc")
+RATES = tuple(f"{name}_{rate}" for rate in ("slow", "middle") for name in GATES)
+"""The same with smaller learning rates of the images, tried first."""
+TABLE = tuple(name for name, one in ATTACKS.items() if name not in (*GATES, *VALID, *RATES) and one.condenser == "dc")
 OTHERS = tuple(name for name, one in ATTACKS.items() if one.condenser != "dc")
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "blocknet": lambda: BlockNet(1, 10, 28, width=16, norm="none", hidden=192),
@@ -211,10 +232,10 @@ def condense(one: Attack, seed: int, target: Path, keeper: Progress) -> None:
     if one.condenser == "dd":
         made = UnrolledCondenser(1, IPC, 3, epochs=one.iterations, decay_every=8, **common)
     elif one.condenser == "dm":
-        made = ImageCondenser("dm", IPC, max_iter=one.iterations, batch_real=64, **common)
+        made = ImageCondenser("dm", IPC, max_iter=one.iterations, batch_real=64, lr_img=one.lr_img, **common)
     else:
-        loops = {"outer_steps": 5, "inner_steps": 5, "batch_real": 64}
-        made = ImageCondenser("dc", IPC, init="real", max_iter=one.iterations, checkpoint_every=4, **loops, **common)
+        settings: dict[str, Any] = {"outer_steps": 5, "inner_steps": 5, "batch_real": 64, "lr_img": one.lr_img}
+        made = ImageCondenser("dc", IPC, init="real", max_iter=one.iterations, checkpoint_every=4, **settings, **common)
     made.fit(x, y, keeper=keeper)
     if isinstance(made, UnrolledCondenser):
         save_network(target / "victim0.npz", made.train(network()))
@@ -299,8 +320,9 @@ def in_pixels(trigger: PatchTrigger) -> PatchTrigger:
 
 DEFENCES: dict[str, Defence] = {
     "neural_cleanse": NeuralCleanse(),
-    "unit_stimulation": UnitStimulation(),
-    "patch_scan": PatchScan(images=100),
+    "unit_stimulation": UnitStimulation(images=32),
+    "unit_stimulation_weighted": UnitStimulation(images=32, weight=0.01),
+    "patch_scan": PatchScan(images=50),
     "fine_pruning": FinePruning(),
     "nad": AttentionDistillation(),
     "strip": Strip(),
@@ -311,12 +333,12 @@ DEFENCES: dict[str, Defence] = {
     "residual_map": ResidualMap(),
     "own_set_comparison": OwnSetComparison(),
 }
-CLEANSED = 256
+CLEANSED = 128
 """Clean images that Neural Cleanse gets, for time's sake."""
 
 
-def subject(name: str, seed: int, real: bool = False) -> Subject:
-    """A set, its first victim and the attacker's trigger; on a clean set, inputs that carry nothing.
+def subject(name: str, seed: int, number: int, real: bool = False) -> Subject:
+    """A set, a victim and the attacker's trigger; on a clean set, inputs that carry nothing.
 
     ``real``: in the condensed set's place the poisoned real images that it was made from.
     """
@@ -328,24 +350,27 @@ def subject(name: str, seed: int, real: bool = False) -> Subject:
     elif real:
         shown = Images(x, y)
     stamp = Stamp(TARGET, trigger.apply, "attacker") if trigger is not None else Stamp(TARGET, torch.clone, "nobody")
-    own = condensed("clean", others[seed % len(others)]).images
-    return Subject(victim(name, seed), data()[1], PIXELS, 10, condensed=shown, own=own, stamps=(stamp,), seed=seed)
+    own = condensed(without_attack(name), others[seed % len(others)]).images
+    return Subject(
+        victim(name, seed, number), data()[1], PIXELS, 10, condensed=shown, own=own, stamps=(stamp,), seed=seed
+    )
 
 
-def examined(name: str, seed: int, defence: str, real: bool = False) -> dict[str, Any]:
+def examined(name: str, seed: int, number: int, defence: str, real: bool = False) -> dict[str, Any]:
     """What a defence says, of before or new."""
     asked = DEFENCES[defence]
     parts = [inspect.getsource(part) for part in (sys.modules[type(asked).__module__], layers, metrics, finding)]
     key = fingerprint([*parts, repr(sorted(vars(asked).items())), CLEANSED])[:8]
-    target = where(name, seed) / f"{defence}-{key}{'-real' if real else ''}.json"
+    target = where(name, seed) / f"{defence}-{key}-{number}{'-real' if real else ''}.json"
     if not target.is_file():
-        one = subject(name, seed, real)
+        one = subject(name, seed, number, real)
         if defence == "neural_cleanse":
             one = replace(one, holdout=one.holdout.of(torch.arange(CLEANSED)))
         found = asked.examine(one)
         files.write_json(target, found.to_json())
         print(
-            f"{time.strftime('%X')} {name}, seed {seed}, {defence}: {found.seconds:.0f} s, {found.verdict}", flush=True
+            f"{time.strftime('%X')} {name}, {seed}.{number}, {defence}: {found.seconds:.0f} s, {found.verdict}",
+            flush=True,
         )
     return files.read_json(target)
 
@@ -354,31 +379,354 @@ def examined(name: str, seed: int, defence: str, real: bool = False) -> dict[str
 
 
 def train_all() -> None:
-    """All pieces, the gates' first."""
+    """All pieces, the gates' first; what is made already is left alone."""
     print(work(), flush=True)
-    torch.set_num_threads(1)
-    for seed in SEEDS[:5]:
+    for seed in SEEDS:
         for name in GATES:
-            for number in range(3):
+            for number in range(VICTIMS):
                 victim(name, seed, number)
-    for seed in SEEDS[:2]:
-        for name in VALID[:3]:
-            for number in range(2):
-                victim(name, seed, number)
-    for seed in SEEDS[5:]:
+    for name in (*VALID[:3], *OTHERS[:3]):
+        victim(name, SEEDS[0])
+    slow = ("neural_cleanse", "unit_stimulation", "unit_stimulation_weighted", "patch_scan")
+    for defence in sorted(DEFENCES, key=lambda name: name in slow):
         for name in GATES:
-            victim(name, seed)
-    cheap = [name for name in DEFENCES if name not in ("neural_cleanse", "unit_stimulation", "patch_scan")]
-    for chosen in (cheap, ["neural_cleanse"], ["unit_stimulation"], ["patch_scan"]):
-        for seed in SEEDS:
-            for name in GATES:
-                for defence in chosen:
-                    examined(name, seed, defence)
-    for seed in SEEDS[:2]:
-        for name in (*VALID, *OTHERS, *TABLE):
+            seen(name, defence)
+    for seed in SEEDS:
+        for name in (*VALID, *OTHERS, *TABLE, *RATES):
             victim(name, seed)
 
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def without_attack(name: str) -> str:
+    """The clean set of the same condenser."""
+    return next(other for other, one in ATTACKS.items() if one.kind == "clean" and one.made_like(ATTACKS[name]))
+
+
+@functools.cache
+def measured(name: str) -> list[dict[str, Any]]:
+    """For each seed: rates, means over victims; the same trigger on victims of the clean set; the trigger in pixels."""
+    found = []
+    for seed in (s for s in done(name) if s in done(without_attack(name))):
+        made = condensed(name, seed)
+        if made.trigger is None:
+            continue
+        mine, control = victims(name, seed), victims(without_attack(name), seed)
+        own = [rates(one, made.trigger) for one in mine]
+        other = [rates(one, made.trigger) for one in control]
+        valid = [rates(one, in_pixels(made.trigger)) for one in mine]
+        valid_control = [rates(one, in_pixels(made.trigger)) for one in control]
+        pairs = list(zip(other, own, strict=False))
+
+        def mean(which: str, over: list[BackdoorRates]) -> float:
+            return float(np.mean([getattr(one, which).value for one in over]))
+
+        found.append(
+            {
+                "seed": seed,
+                "victims": len(own),
+                **{which: mean(which, own) for which in ("cta", "asr", "asr_all", "null")},
+                "asr by victim": [one.asr.value for one in own],
+                "asr by victim, 95 %": [one.asr.interval for one in own],
+                "cta by victim": [one.cta.value for one in own],
+                "points of cta lost": 100 * float(np.mean([clean.cta.value - one.cta.value for clean, one in pairs])),
+                "asr, clean set": mean("asr", other),
+                "asr, trigger in pixels": mean("asr", valid),
+                "asr, trigger in pixels, clean set": mean("asr", valid_control),
+                "lowest of the patch, std": float(made.trigger.patch.min()),
+                "highest of the patch, std": float(made.trigger.patch.max()),
+                "poisoned share of the class": made.about["effective_share"],
+                "updates of the trigger": made.about["trigger"].get("updates"),
+                "that moved it": made.about["trigger"].get("moved"),
+                "bytes of the set": sum(part.nbytes for part in made.images),
+                "condensing, s": made.about["cost"]["wall_s"],
+            }
+        )
+    return found
+
+
+def over_seeds(name: str, which: str) -> float:
+    """Mean over seeds."""
+    return float(np.mean([one[which] for one in measured(name)]))
+
+
+def beside(name: str) -> list[dict[str, Any]]:
+    """What an attack's success stands beside."""
+    shown = {
+        "clean images that go there": "null",
+        "same trigger, clean set": "asr, clean set",
+        "clean accuracy": "cta",
+        "points of it lost": "points of cta lost",
+    }
+    if ATTACKS[name].clip is None:
+        shown |= {
+            "trigger moved into pixels": "asr, trigger in pixels",
+            "that on the clean set": "asr, trigger in pixels, clean set",
+            "lowest of the patch, std": "lowest of the patch, std",
+            "highest of the patch, std": "highest of the patch, std",
+        }
+    if ATTACKS[name].kind == "doorping":
+        shown |= {"updates that moved it": "that moved it"}
+    return [{"name": label, "figure": over_seeds(name, which)} for label, which in shown.items()]
+
+
+def spread(name: str, which: str = "asr") -> tuple[float, float] | None:
+    """95 % for the mean over seeds (Student)."""
+    return t_interval([one[which] for one in measured(name)])
+
+
+def about_attack(name: str) -> dict[str, Any]:
+    """Settings, and everything by seed."""
+    return {"settings": asdict(ATTACKS[name]), "by seed": measured(name)}
+
+
+UNIT = "attack success: share of triggered test images of other classes that go to the target"
+
+
+def described(name: str) -> str:
+    """An attack in words."""
+    one = ATTACKS[name]
+    parts = [f"{one.size}×{one.size}", f"{one.portion:.0%}", one.condenser.upper()]
+    if one.condenser == "dc" and one.lr_img != CLEAN.lr_img:
+        parts[-1] += f" with a rate of {one.lr_img:g}"
+    if one.kind == "doorping":
+        parts.append("valid pixels" if one.clip else "not clipped")
+        parts.append("best live unit" if one.topk == 1 else f"{one.topk} best live units")
+        if not one.skip_dead:
+            parts[-1] = "the published code's unit"
+        if one.alpha != UNCLIPPED.alpha:
+            parts[-1] += f", alpha {one.alpha:g}"
+    if one.condenser == "dc" and one.iterations != CLEAN.iterations:
+        parts.append(f"{one.iterations} iterations")
+    return f"{'NAIVEATTACK' if one.kind == 'static' else 'DOORPING'}, {', '.join(parts)}"
+
+
+def measure_gates() -> list[Claim]:
+    """The three claims that the issue sets."""
+    reaches = {"doorping_unclipped": ("unclipped", 0.9), "naive": ("naive", 0.35)}
+    claims = [
+        Claim(
+            id=claim,
+            statement=described(name),
+            source=ISSUE,
+            figure=over_seeds(name, "asr"),
+            unit=UNIT,
+            comparison=">=",
+            threshold=reach,
+            interval95=spread(name),
+            seeds=[one["seed"] for one in measured(name)],
+            baselines=beside(name),
+            details=about_attack(name),
+        )
+        for claim, (name, reach) in reaches.items()
+    ]
+    judged = [name for name in ("naive", "unclipped", "clipped", *TABLE, *RATES) if measured(name)]
+    lost = {name: over_seeds(name, "points of cta lost") for name in judged}
+    enough = [name for name in judged if len(measured(name)) >= 5 and name not in RATES]
+    worst = max(enough, key=lambda name: lost[name])
+    seeds = [one["seed"] for one in measured(worst)]
+    return [
+        *claims,
+        Claim(
+            id="clean_accuracy",
+            statement="attacked sets teach clean images as well as the clean set does; the worst attack",
+            source=ISSUE,
+            figure=lost[worst],
+            unit=f"points of clean accuracy lost, mean over seeds; {described(worst)}",
+            comparison="<=",
+            threshold=3.0,
+            interval95=spread(worst, "points of cta lost"),
+            seeds=seeds,
+            baselines=[{"name": described(name), "figure": value} for name, value in lost.items() if name != worst],
+            details={
+                "clean accuracy of clean sets": {str(seed): cta("clean", seed) for seed in done("clean")},
+                "most lost by a single set": max(
+                    one["points of cta lost"] for name in judged for one in measured(name)
+                ),
+                "points lost by seed": {name: [one["points of cta lost"] for one in measured(name)] for name in judged},
+            },
+        ),
+    ]
+
+
+def measure_attacks() -> list[Claim]:
+    """The sheet's table, the question of valid pixels, other condensers and other victims."""
+    claims = [
+        Claim(
+            id=f"attack_{name}",
+            statement=described(name),
+            source=SHEET,
+            figure=over_seeds(name, "asr"),
+            unit=UNIT,
+            comparison=">=",
+            threshold=0.9,
+            gate=False,
+            interval95=spread(name),
+            seeds=[one["seed"] for one in measured(name)],
+            baselines=beside(name),
+            details=about_attack(name),
+        )
+        for name in ATTACKS
+        if name not in GATES and measured(name)
+    ]
+    tried = [name for name, one in ATTACKS.items() if one.kind == "doorping" and one.clip and measured(name)]
+    if tried:
+        best = max(tried, key=lambda name: over_seeds(name, "asr"))
+        claims.append(
+            Claim(
+                id="doorping_valid_pixels",
+                statement=f"DOORPING reaches 0.9 with pixels that a picture can hold; the best: {described(best)}",
+                source=ISSUE,
+                figure=over_seeds(best, "asr"),
+                unit=UNIT,
+                comparison=">=",
+                threshold=0.9,
+                gate=False,
+                interval95=spread(best),
+                seeds=[one["seed"] for one in measured(best)],
+                baselines=[{"name": described(name), "figure": over_seeds(name, "asr")} for name in tried],
+                details={"each attack": "its own claim, attack_…"},
+            )
+        )
+    return claims
+
+
+def seen(name: str, defence: str, real: bool = False) -> list[dict[str, Any]]:
+    """What a defence says of the victims of each set; or of sets, also of those with smaller learning rates."""
+    asked = DEFENCES[defence]
+    if real and not isinstance(asked, SpectralSignatures | ActivationClustering):
+        return []
+    if asked.level != "data":
+        return [examined(name, seed, number, defence) for seed in done(name) for number in range(VICTIMS)]
+    sets = [(one, seed) for one in (name, f"{name}_slow", f"{name}_middle") for seed in done(one)]
+    return [examined(one, seed, 0, defence, real) for one, seed in sets]
+
+
+def share(findings: list[dict[str, Any]], verdict: str) -> tuple[int, int, tuple[float, float]]:
+    """(findings with the verdict, all, Wilson's interval)."""
+    hits = sum(one["verdict"] == verdict for one in findings)
+    return hits, len(findings), share_interval(hits, len(findings))
+
+
+def detection(defence: str) -> Claim:
+    """True positives on both attacks beside false ones."""
+    groups = {name: seen(name, defence) for name in GATES}
+    counts = {name: share(found, "evidence") for name, found in groups.items()}
+    silent = {name: share(found, "not applicable")[0] for name, found in groups.items()}
+    baselines = [
+        {"name": f"{label} (95 %: {low:.2f} … {high:.2f})", "figure": hits / n}
+        for label, (hits, n, (low, high)) in (
+            ("unclipped DOORPING seen", counts["unclipped"]),
+            ("false alarms on clean ones", counts["clean"]),
+        )
+    ]
+    right = [one for name in GATES[1:] for one in groups[name] if one["verdict"] == "evidence"]
+    if right:
+        named = sum(TARGET in one["suspects"] for one in right) / len(right)
+        baselines.append({"name": "alarms on both that name the target", "figure": named})
+    if any(silent.values()):
+        baselines += [
+            {"name": f"not applicable, {name}", "figure": n / len(groups[name])} for name, n in silent.items()
+        ]
+    details: dict[str, Any] = {"evidence of all, by group": {name: found[:2] for name, found in counts.items()}}
+    if real := {name: seen(name, defence, real=True) for name in GATES}["naive"]:
+        on_real = {name: seen(name, defence, real=True) for name in GATES}
+        baselines += [
+            {"name": f"{label} real images", "figure": share(on_real[name], "evidence")[0] / len(real)}
+            for label, name in (("seen on the naively poisoned", "naive"), ("false alarms on the clean", "clean"))
+        ]
+        details["on real images"] = {name: [one["score"] for one in found] for name, found in on_real.items()}
+    details["scores"] = {name: [one["score"] for one in found] for name, found in groups.items()}
+    details["classes"] = {name: [one["suspects"] for one in found] for name, found in groups.items()}
+    details["seconds"] = float(np.mean([one["seconds"] for found in groups.values() for one in found]))
+    hits, n, interval = counts["naive"]
+    return Claim(
+        id=f"defence_{defence}",
+        statement=f"{defence} sees most of NAIVEATTACK's sets or networks, and raises few false alarms",
+        source=ISSUE,
+        figure=hits / n,
+        unit=f"of {n} seen",
+        comparison=">=",
+        threshold=0.5,
+        gate=False,
+        interval95=interval,
+        seeds=done("naive"),
+        baselines=baselines,
+        also=[("false alarms", counts["clean"][0] / counts["clean"][1], "<=", 0.1)],
+        details=details,
+    )
+
+
+def repair(defence: str) -> Claim:
+    """Attack success and clean accuracy before and after."""
+    groups = {name: seen(name, defence) for name in GATES}
+
+    def figures(name: str) -> dict[str, tuple[float, float, float, float]]:
+        """Name of the change → mean (attack success before, after, clean accuracy before, after)."""
+        rows: dict[str, list[tuple[float, float, float, float]]] = {}
+        for one in (found["figures"] for found in groups[name]):
+            if "after" in one:
+                before = (one["asr"][str(TARGET)], one["cta"])
+                for change, after in one["after"].items():
+                    rows.setdefault(change, []).append((before[0], after[f"asr_{TARGET}"], before[1], after["cta"]))
+            else:
+                asr = one[f"asr_before_{TARGET}"], one[f"asr_after_{TARGET}"]
+                rows.setdefault(defence, []).append((*asr, one["cta_before"], one["cta_after"]))
+        return {change: tuple(np.mean(found, axis=0).tolist()) for change, found in rows.items()}  # type: ignore[misc]
+
+    tables = {name: figures(name) for name in GATES}
+    allowed = 0.04
+    kept = [change for change, (_, _, before, after) in tables["naive"].items() if before - after <= allowed]
+    best = min(kept or tables["naive"], key=lambda change: tables["naive"][change][1])
+    labels = ("attack success before", "after", "clean accuracy before", "after")
+    baselines = []
+    for name in GATES[1:]:
+        for label, value in zip(labels, tables[name][best], strict=True):
+            baselines.append({"name": f"{name}, {label}", "figure": value})
+    if best != defence:
+        baselines.insert(0, {"name": f"{best}, the best of {len(tables['naive'])}: of networks", "figure": 1.0})
+    hits, n, interval = share(groups["naive"], "mitigated")
+    other = share(groups["unclipped"], "mitigated")
+    low, high = other[2]
+    return Claim(
+        id=f"defence_{defence}",
+        statement=f"{defence} takes half of NAIVEATTACK's success for at most 4 points of clean accuracy",
+        source=ISSUE,
+        figure=hits / n,
+        unit=f"of {n} networks",
+        comparison=">=",
+        threshold=0.5,
+        gate=False,
+        interval95=interval,
+        seeds=done("naive"),
+        baselines=[
+            {"name": f"unclipped DOORPING (95 %: {low:.2f} … {high:.2f})", "figure": other[0] / other[1]},
+            *baselines,
+        ],
+        details={
+            "attack success before, after, clean accuracy before, after": tables,
+            "verdicts": {name: [one["verdict"] for one in found] for name, found in groups.items()},
+            "seconds": float(np.mean([one["seconds"] for found in groups.values() for one in found])),
+        },
+    )
+
+
+def measure_defences() -> list[Claim]:
+    """Every defence on ten networks or sets of either attack and ten clean ones."""
+    repairs = FinePruning | AttentionDistillation | InputTransforms
+    return [repair(name) if isinstance(one, repairs) else detection(name) for name, one in DEFENCES.items()]
+
+
+BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
+    "gates": measure_gates,
+    "attacks": measure_attacks,
+    "defences": measure_defences,
+}
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     if sys.argv[1:] == ["train"]:
         train_all()
+    else:
+        sys.exit(main("dd_backdoor", BENCHMARKS))
