@@ -366,23 +366,42 @@ def subject(name: str, seed: int, number: int, real: bool = False) -> Subject:
     )
 
 
-def examined(name: str, seed: int, number: int, defence: str, real: bool = False) -> dict[str, Any]:
-    """What a defence says, of before or new."""
+def kept_finding(name: str, seed: int, number: int, defence: str, real: bool) -> Path:
+    """Where a finding is kept; another file when the defence has changed."""
     asked = DEFENCES[defence]
     parts = [inspect.getsource(part) for part in (sys.modules[type(asked).__module__], layers, metrics, finding)]
     key = fingerprint([*parts, repr(sorted(vars(asked).items())), CLEANSED])[:8]
-    target = where(name, seed) / f"{defence}-{key}-{number}{'-real' if real else ''}.json"
-    if not target.is_file():
-        one = subject(name, seed, number, real)
-        if defence == "neural_cleanse":
-            one = replace(one, holdout=one.holdout.of(torch.arange(CLEANSED)))
-        found = asked.examine(one)
-        files.write_json(target, found.to_json())
-        print(
-            f"{time.strftime('%X')} {name}, {seed}.{number}, {defence}: {found.seconds:.0f} s, {found.verdict}",
-            flush=True,
-        )
-    return files.read_json(target)
+    return where(name, seed) / f"{defence}-{key}-{number}{'-real' if real else ''}.json"
+
+
+def examine(name: str, seed: int, number: int, defence: str, real: bool = False) -> None:
+    """Ask a defence, unless it was asked before."""
+    target = kept_finding(name, seed, number, defence, real)
+    if target.is_file():
+        return
+    one = subject(name, seed, number, real)
+    if defence == "neural_cleanse":
+        one = replace(one, holdout=one.holdout.of(torch.arange(CLEANSED)))
+    found = DEFENCES[defence].examine(one)
+    files.write_json(target, found.to_json())
+    said = f"{found.seconds:.0f} s, {found.verdict}"
+    print(f"{time.strftime('%X')} {name}, {seed}.{number}, {defence}: {said}", flush=True)
+
+
+def to_examine(name: str, defence: str, real: bool = False) -> list[tuple[str, int, int, str, bool]]:
+    """The victims of each set; or sets, also those made with smaller learning rates."""
+    asked = DEFENCES[defence]
+    if real and not isinstance(asked, SpectralSignatures | ActivationClustering):
+        return []
+    if asked.level != "data":
+        return [(name, seed, number, defence, False) for seed in done(name) for number in range(VICTIMS)]
+    return [(one, seed, 0, defence, real) for one in (name, f"{name}_slow", f"{name}_middle") for seed in done(one)]
+
+
+def seen(name: str, defence: str, real: bool = False) -> list[dict[str, Any]]:
+    """What a defence said, as far as it was asked."""
+    known = [kept_finding(*one) for one in to_examine(name, defence, real)]
+    return [files.read_json(target) for target in known if target.is_file()]
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
@@ -400,7 +419,9 @@ def train_all() -> None:
     slow = ("neural_cleanse", "unit_stimulation", "unit_stimulation_weighted", "patch_scan")
     for defence in sorted(DEFENCES, key=lambda name: name in slow):
         for name in GATES:
-            seen(name, defence)
+            for real in (False, True):
+                for one in to_examine(name, defence, real):
+                    examine(*one)
     for seed in SEEDS:
         for name in (*VALID, *OTHERS, *TABLE, *RATES):
             victim(name, seed)
@@ -605,17 +626,6 @@ def measure_attacks() -> list[Claim]:
     return claims
 
 
-def seen(name: str, defence: str, real: bool = False) -> list[dict[str, Any]]:
-    """What a defence says of the victims of each set; or of sets, also of those with smaller learning rates."""
-    asked = DEFENCES[defence]
-    if real and not isinstance(asked, SpectralSignatures | ActivationClustering):
-        return []
-    if asked.level != "data":
-        return [examined(name, seed, number, defence) for seed in done(name) for number in range(VICTIMS)]
-    sets = [(one, seed) for one in (name, f"{name}_slow", f"{name}_middle") for seed in done(one)]
-    return [examined(one, seed, 0, defence, real) for one, seed in sets]
-
-
 def share(findings: list[dict[str, Any]], verdict: str) -> tuple[int, int, tuple[float, float]]:
     """(findings with the verdict, all, Wilson's interval)."""
     hits = sum(one["verdict"] == verdict for one in findings)
@@ -664,7 +674,7 @@ def detection(defence: str) -> Claim:
         threshold=0.5,
         gate=False,
         interval95=interval,
-        seeds=done("naive"),
+        seeds=list(range(n)),
         baselines=baselines,
         also=[("false alarms", counts["clean"][0] / counts["clean"][1], "<=", 0.1)],
         details=details,
@@ -712,7 +722,7 @@ def repair(defence: str) -> Claim:
         threshold=0.5,
         gate=False,
         interval95=interval,
-        seeds=done("naive"),
+        seeds=list(range(n)),
         baselines=[
             {"name": f"unclipped DOORPING (95 %: {low:.2f} … {high:.2f})", "figure": other[0] / other[1]},
             *baselines,
@@ -728,7 +738,8 @@ def repair(defence: str) -> Claim:
 def measure_defences() -> list[Claim]:
     """Every defence on ten networks or sets of either attack and ten clean ones."""
     repairs = FinePruning | AttentionDistillation | InputTransforms
-    return [repair(name) if isinstance(one, repairs) else detection(name) for name, one in DEFENCES.items()]
+    asked = {name: one for name, one in DEFENCES.items() if all(seen(group, name) for group in GATES)}
+    return [repair(name) if isinstance(one, repairs) else detection(name) for name, one in asked.items()]
 
 
 BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
