@@ -510,9 +510,20 @@ def spread(name: str, which: str = "asr") -> tuple[float, float] | None:
     return t_interval([one[which] for one in measured(name)])
 
 
+def showing(name: str, seed: int) -> int:
+    """Synthetic images of the target's class whose patch is nearer to the white one than to black."""
+    made = condensed(name, seed)
+    assert made.trigger is not None
+    shown = PIXELS.to_unit(made.images.of(made.images.y == TARGET).x)
+    return int(((shown * made.trigger.mask).flatten(1).sum(1) > made.trigger.mask.sum() / 2).sum())
+
+
 def about_attack(name: str) -> dict[str, Any]:
     """Settings, and everything by seed."""
-    return {"settings": asdict(ATTACKS[name]), "by seed": measured(name)}
+    about = {"settings": asdict(ATTACKS[name]), "by seed": measured(name)}
+    if ATTACKS[name].kind == "static":
+        about["images of the target that show the patch, by seed"] = [showing(name, s["seed"]) for s in measured(name)]
+    return about
 
 
 UNIT = "attack success: share of triggered test images of other classes that go to the target"
