@@ -655,22 +655,23 @@ def detection(defence: str) -> Claim:
             ("false alarms on clean ones", counts["clean"]),
         )
     ]
-    right = [one for name in GATES[1:] for one in groups[name] if one["verdict"] == "evidence"]
-    if right:
-        named = sum(TARGET in one["suspects"] for one in right) / len(right)
-        baselines.append({"name": "alarms on both that name the target", "figure": named})
+    alarms = {name: [one for one in found if one["verdict"] == "evidence"] for name, found in groups.items()}
+    for label, raised in (("alarms", alarms["naive"] + alarms["unclipped"]), ("false alarms", alarms["clean"])):
+        if raised:
+            named = sum(TARGET in one["suspects"] for one in raised) / len(raised)
+            baselines.append({"name": f"{label} that name the target", "figure": named})
     if any(silent.values()):
         baselines += [
             {"name": f"not applicable, {name}", "figure": n / len(groups[name])} for name, n in silent.items()
         ]
     details: dict[str, Any] = {"evidence of all, by group": {name: found[:2] for name, found in counts.items()}}
-    if real := {name: seen(name, defence, real=True) for name in GATES}["naive"]:
-        on_real = {name: seen(name, defence, real=True) for name in GATES}
+    on_real = {name: seen(name, defence, real=True) for name in GATES}
+    if all(on_real.values()):
         baselines += [
-            {"name": f"{label} real images", "figure": share(on_real[name], "evidence")[0] / len(real)}
+            {"name": f"{label} real images", "figure": share(on_real[name], "evidence")[0] / len(on_real[name])}
             for label, name in (("seen on the naively poisoned", "naive"), ("false alarms on the clean", "clean"))
         ]
-        details["on real images"] = {name: [one["score"] for one in found] for name, found in on_real.items()}
+        details["classes, real images"] = {name: [one["suspects"] for one in found] for name, found in on_real.items()}
     details["scores"] = {name: [one["score"] for one in found] for name, found in groups.items()}
     details["classes"] = {name: [one["suspects"] for one in found] for name, found in groups.items()}
     details["seconds"] = float(np.mean([one["seconds"] for found in groups.values() for one in found]))
@@ -711,15 +712,16 @@ def repair(defence: str) -> Claim:
 
     tables = {name: figures(name) for name in GATES}
     allowed = 0.04
-    kept = [change for change, (_, _, before, after) in tables["naive"].items() if before - after <= allowed]
-    best = min(kept or tables["naive"], key=lambda change: tables["naive"][change][1])
     labels = ("attack success before", "after", "clean accuracy before", "after")
     baselines = []
     for name in GATES[1:]:
-        for label, value in zip(labels, tables[name][best], strict=True):
-            baselines.append({"name": f"{name}, {label}", "figure": value})
-    if best != defence:
-        baselines.insert(0, {"name": f"{best}, the best of {len(tables['naive'])}: of networks", "figure": 1.0})
+        kept = [change for change, (_, _, before, after) in tables[name].items() if before - after <= allowed]
+        best = min(kept or tables[name], key=lambda change: tables[name][change][1])
+        what = name if best == defence else f"{name}, {best}"
+        baselines += [
+            {"name": f"{what}, {label}", "figure": value}
+            for label, value in zip(labels, tables[name][best], strict=True)
+        ]
     hits, n, interval = share(groups["naive"], "mitigated")
     other = share(groups["unclipped"], "mitigated")
     low, high = other[2]
