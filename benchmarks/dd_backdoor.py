@@ -697,7 +697,7 @@ def repair(defence: str) -> Claim:
     """Attack success and clean accuracy before and after."""
     groups = {name: seen(name, defence) for name in GATES}
 
-    def figures(name: str) -> dict[str, tuple[float, float, float, float]]:
+    def figures(name: str) -> dict[str, tuple[float, ...]]:
         """Name of the change → mean (attack success before, after, clean accuracy before, after)."""
         rows: dict[str, list[tuple[float, float, float, float]]] = {}
         for one in (found["figures"] for found in groups[name]):
@@ -708,7 +708,7 @@ def repair(defence: str) -> Claim:
             else:
                 asr = one[f"asr_before_{TARGET}"], one[f"asr_after_{TARGET}"]
                 rows.setdefault(defence, []).append((*asr, one["cta_before"], one["cta_after"]))
-        return {change: tuple(np.mean(found, axis=0).tolist()) for change, found in rows.items()}  # type: ignore[misc]
+        return {change: tuple(np.mean(found, axis=0).tolist()) for change, found in rows.items()}
 
     tables = {name: figures(name) for name in GATES}
     allowed = 0.04
