@@ -437,7 +437,7 @@ def graph_curve(split: int, arm: str) -> list[dict[str, float]]:
 
 
 def reached(curves: dict[str, dict[int, list[dict[str, float]]]], names: tuple[str, str]) -> dict[str, Any]:
-    """Seconds that two arms need for what both reach, on curves averaged over splits or seeds."""
+    """Seconds that two arms need for 95 % of the best that either reaches, on curves averaged over splits or seeds."""
     numbers = sorted(set(curves[names[0]]) & set(curves[names[1]]))
     means = {
         name: [
@@ -446,12 +446,15 @@ def reached(curves: dict[str, dict[int, list[dict[str, float]]]], names: tuple[s
         ]
         for name in names
     }
-    target = min(max(point["accuracy"] for point in means[name]) for name in names)
-    seconds = {name: next(point["seconds"] for point in means[name] if point["accuracy"] >= target) for name in names}
+    target = 0.95 * max(point["accuracy"] for name in names for point in means[name])
+    seconds = {
+        name: next((point["seconds"] for point in means[name] if point["accuracy"] >= target), None) for name in names
+    }
+    spent = {name: seconds[name] or means[name][-1]["seconds"] for name in names}
     return {
-        "accuracy that both reach": target,
-        "seconds of CPU": seconds,
-        "ratio": seconds[names[1]] / seconds[names[0]],
+        "accuracy to reach": target,
+        "seconds of CPU, none if not reached": seconds,
+        "ratio, of all seconds spent where not reached": spent[names[1]] / spent[names[0]],
         "curves": {name: [[point["seconds"], point["accuracy"]] for point in means[name]] for name in names},
         "n": len(numbers),
     }
@@ -679,14 +682,14 @@ def measure_to_accuracy() -> Claim | None:
         return None
     return Claim(
         id="speed_to_accuracy",
-        statement="one-step condensing is sooner than multi-step at an accuracy both reach, with the same network",
+        statement="one-step condensing is sooner than multi-step at 95 % of the best of both, with the same network",
         source=ISSUE,
-        figure=min(one["ratio"] for one in same.values()),
+        figure=min(one["ratio, of all seconds spent where not reached"] for one in same.values()),
         unit="times less CPU time, " + ("the lesser of NCI1 and Cora" if len(same) > 1 else next(iter(same))),
         comparison=">=",
         threshold=10.0,
         gate=False,
-        seeds=list(CURVE_SPLITS),
+        seeds=sorted(set(words["multi-step"]) | set(molecules["multi-step"])),
         details=found,
     )
 
