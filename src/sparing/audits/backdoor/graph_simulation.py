@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,20 @@ from sparing.condensation.kinds import NodeKind, kind_of
 from sparing.condensation.step import Condense
 from sparing.core.job import Job
 from sparing.core.randomness import derive_seed
-from sparing.core.store import JSON, TENSORS, All
+from sparing.core.store import JSON, TENSORS, All, BoundStore, Codec
 from sparing.core.training.step import load_weights
 from sparing.data.graphs import graph_data
 
+T = TypeVar("T")
 CONDENSED: All[Any] = All({"tensors": TENSORS, "record": JSON, "said": JSON})
-VICTIM: All[Any] = All({"weights": TENSORS, "seconds": JSON})
 LOOKS = 10
 """Epochs between two looks at the validation nodes."""
+
+
+def timed(store: BoundStore, name: str, compute: Callable[[], T], codec: Codec[T]) -> tuple[T, float]:
+    """A stored result and the seconds that it took to make, in whatever run that was; they are no part of it."""
+    before = store.cost.wall_s
+    return store.once(name, compute, codec), store.cost.wall_s - before
 
 
 @dataclass(frozen=True)
@@ -95,21 +100,21 @@ class GraphSimulation:
         real = kind.read(self.job.replace(train=splits.train)).data if nodes else None
         recipe = {} if self.epochs is None else {"epochs": self.epochs}
 
-        def trained(seed: int) -> dict[str, Any]:
-            start, network = time.perf_counter(), self.fresh(seed)
+        def trained(seed: int) -> Mapping[str, Tensor]:
+            network = self.fresh(seed)
             if nodes:
                 train_on_node_graph(network, condensed, real, validate_every=LOOKS, **recipe)
             else:
                 train_on_graphs(network, condensed, splits.val, seed=seed, **recipe)
-            return {"weights": dict(network.state_dict()), "seconds": time.perf_counter() - start}
+            return dict(network.state_dict())
 
         rates, seconds = list[BackdoorRates](), 0.0
         for number in range(self.victims):
             seed = derive_seed("victim", self.job.seed, number)
-            kept = self.job.store.once(f"victim-{where}-{number}", partial(trained, seed), VICTIM)
+            weights, took = timed(self.job.store, f"victim-{where}-{number}", partial(trained, seed), TENSORS)
             network = self.fresh(seed)
-            load_weights(network, kept["weights"])
-            seconds += kept["seconds"]
+            load_weights(network, weights)
+            seconds += took
             if nodes:
                 test = splits.test
                 labels = torch.zeros(len(test.x), dtype=torch.int64)

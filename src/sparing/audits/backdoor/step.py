@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils.data import Subset
 from sparing.audits.backdoor.attack import CondensationBackdoor
 from sparing.audits.backdoor.audit import AuditReport, BackdoorAudit, every_defence, mean_and_deviation
 from sparing.audits.backdoor.finding import Defence, Finding, Images, Subject
-from sparing.audits.backdoor.graph_simulation import CONDENSED, VICTIM, GraphSimulation
+from sparing.audits.backdoor.graph_simulation import CONDENSED, GraphSimulation, timed
 from sparing.audits.backdoor.layers import predict
 from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
@@ -128,7 +127,7 @@ def packed(finding: Finding) -> dict[str, Any]:
         found = {"target": torch.tensor(stamp.target), "mask": stamp.parts[0], "pattern": stamp.parts[1]}
         stamps |= {f"{number}.{name}": part.cpu().contiguous() for name, part in found.items()}
     pictures = {name: picture.detach().cpu().contiguous() for name, picture in finding.pictures.items()}
-    return {"finding": finding.to_json(), "pictures": pictures, "stamps": stamps}
+    return {"finding": replace(finding, seconds=0.0).to_json(), "pictures": pictures, "stamps": stamps}
 
 
 def unpacked(kept: dict[str, Any], pixels: PixelSpace) -> Finding:
@@ -467,7 +466,8 @@ class AuditBackdoor(Step):
                         raise
                     return packed(defence.not_applicable(str(error)))
 
-            return unpacked(store.once(name, judged, FINDING), pixels)
+            kept, took = timed(store, name, judged, FINDING)
+            return replace(unpacked(kept, pixels), seconds=took)
 
         return BackdoorAudit(self._defences(), ask)
 
@@ -480,23 +480,23 @@ class AuditBackdoor(Step):
         def fresh(seed: int) -> nn.Module:
             return made.factory() if made is not None and made.steps is not None else self._fresh(job, seed)
 
-        def trained(seed: int) -> dict[str, Any]:
-            start, network = time.perf_counter(), fresh(seed)
+        def trained(seed: int) -> Mapping[str, Tensor]:
+            network = fresh(seed)
             if made is not None and made.steps is not None:
                 made.steps.train(network, images.x.cpu(), images.y.cpu())
             else:
                 train_on_condensed(network.to(self._device), images.x, images.y, epochs=self.epochs, seed=seed)
-            return {"weights": dict(network.state_dict()), "seconds": time.perf_counter() - start}
+            return dict(network.state_dict())
 
         networks, seconds = list[nn.Module](), 0.0
         known = made is not None and made.steps is not None and made.steps.initial_weights is not None
         for number in range(1 if known else self.victims):  # known weights end at the same ones every time
             seed = derive_seed("victim", job.seed, number)
-            kept = job.store.once(f"victim-{where}-{number}", partial(trained, seed), VICTIM)
+            weights, took = timed(job.store, f"victim-{where}-{number}", partial(trained, seed), TENSORS)
             network = fresh(seed)
-            load_weights(network, kept["weights"])
+            load_weights(network, weights)
             networks.append(network.to(self._device).eval())
-            seconds += kept["seconds"]
+            seconds += took
         return networks, seconds
 
     # --------------------------------------------------------------------------------------------------- what with
