@@ -100,7 +100,7 @@ class GraphSimulation:
         real = kind.read(self.job.replace(train=splits.train)).data if nodes else None
         recipe = {} if self.epochs is None else {"epochs": self.epochs}
 
-        def trained(seed: int) -> Mapping[str, Tensor]:
+        def trained(seed: int) -> dict[str, Tensor]:
             network = self.fresh(seed)
             if nodes:
                 train_on_node_graph(network, condensed, real, validate_every=LOOKS, **recipe)

@@ -480,7 +480,7 @@ class AuditBackdoor(Step):
         def fresh(seed: int) -> nn.Module:
             return made.factory() if made is not None and made.steps is not None else self._fresh(job, seed)
 
-        def trained(seed: int) -> Mapping[str, Tensor]:
+        def trained(seed: int) -> dict[str, Tensor]:
             network = fresh(seed)
             if made is not None and made.steps is not None:
                 made.steps.train(network, images.x.cpu(), images.y.cpu())
