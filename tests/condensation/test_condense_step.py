@@ -412,7 +412,6 @@ def test_planning_refuses_what_does_not_fit(task, fields, reason):
         ({"per_class": 3, "rate": 0.1}, r"per_class = 3 and rate = 0.1"),
         ({"network": "blocknett"}, r"network = 'blocknett': .*Did you mean 'blocknet'"),
         ({"network": {"width": 3}}, r"the key 'name' is needed"),
-        ({"saved": "nowhere"}, r"saved = nowhere: no condensed set that can be read"),
         ({"device": "abacus"}, r"device = 'abacus'"),
         ({"id": "model"}, r"the saved model's folder has this name"),
     ],
@@ -641,6 +640,8 @@ def test_a_saved_set_leaves_nothing_to_be_said_about_its_making(tmp_path):
         sparing.Condense(saved=tmp_path / "set", network="blocknet")
     with pytest.raises(IncompatibleStep, match="holds images; graphs are needed for 'tiny_graphs'"):
         sparing.Condense(saved=tmp_path / "set").check(TinyGraphs())
+    with pytest.raises(InvalidValue, match=r"saved = nowhere: no condensed set that can be read"):
+        sparing.Condense(saved="nowhere").check(tiny_task())
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):

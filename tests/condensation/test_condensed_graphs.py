@@ -77,7 +77,7 @@ def test_changed_folders_are_refused(tmp_path) -> None:
         ({"sha256": "0"}, "is not the file that"),
         ({"labels": [1, 1, 1, 1]}, "labels that differ"),
         ({"kind": "sounds"}, "kind = 'sounds'"),
-        ({"kind": "images"}, "images x and labels y"),
+        ({"kind": "images"}, "images x \\(N, C, H, W\\) and labels y"),
     ):
         described(**changes)
         with pytest.raises(CorruptFile, match=message):

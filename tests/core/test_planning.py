@@ -16,7 +16,7 @@ from sparing.core import pipeline, registry
 from sparing.core.errors import RecipeError
 from sparing.core.pipeline import plan, run
 from sparing.core.recipe import PartRef, Recipe, parse_recipe
-from sparing.core.step import Step
+from sparing.core.step import Step, declared
 from sparing.core.store import Store
 from sparing.core.training import Train
 from sparing.core.transfer import Transfer
@@ -54,7 +54,9 @@ def accepted(*steps: Step, **more: Any) -> bool:
 def test_a_capability_that_is_missing_there_and_who_gives_it():
     assert problems(Mask(), Learn(), Shrink()) == [
         "steps[0]: 'mask' needs 'trained', which the job does not have there; steps that give it: "
-        + ", ".join(sorted(name for name in PARTS["steps"] if "trained" in registry.resolve("steps", name).gives))
+        + ", ".join(
+            sorted(name for name in PARTS["steps"] if "trained" in declared(registry.resolve("steps", name), "gives"))
+        )
     ]
     (line,) = problems(Learn(), Stages(id="mine"))
     assert line == (
@@ -131,7 +133,9 @@ def test_steps_held_by_a_step_are_one_sequence_and_give_the_outside_nothing():
     assert accepted(Hold(one=Learn(), more=(Mask(), Shrink(), Follow(teacher="learn"))))
     assert problems(Hold(one=Mask(), more=(Learn(), Stages()))) == [
         "steps[0] hold.one: 'mask' needs 'trained', which the job does not have there; steps that give it: "
-        + ", ".join(sorted(name for name in PARTS["steps"] if "trained" in registry.resolve("steps", name).gives)),
+        + ", ".join(
+            sorted(name for name in PARTS["steps"] if "trained" in declared(registry.resolve("steps", name), "gives"))
+        ),
         "steps[0] hold.more[1]: 'stages' needs 'ordered_stages', which the job does not have there; "
         "no installed step gives it: it comes with the task or the model",
     ]

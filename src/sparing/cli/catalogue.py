@@ -93,8 +93,10 @@ def _describe(kind: str, name: str) -> dict[str, Any]:
         "fields": fields_of(target),
     }
     if kind == "steps":
+        from sparing.core.step import declared
+
         for attribute in ("needs", "gives", "removes", "promises", "realises", "fragile"):
-            described[attribute] = sorted(getattr(target, attribute))
+            described[attribute] = sorted(declared(target, attribute))
         described["stage"], described["source"] = str(target.stage), target.source
     if kind == "tasks":
         capabilities = getattr(target, "capabilities", ())

@@ -180,11 +180,22 @@ class DataKind(ABC):
         return {}
 
     def check_network(self) -> None:
-        """Raise for a network that cannot be built, or that the method cannot use."""
-        from sparing.core.predictor import outline
+        """Raise for a network that cannot be built, or that does not answer the task's samples."""
+        from sparing.core.randomness import isolated_rng
 
-        if self.step.network is not None:
-            outline(self.build)
+        if self.step.network is None:
+            return
+        with isolated_rng("does it fit", 0):
+            network = self.build().eval()
+        named = f"{self.step.id!r}: network = {self.step.network!r}"
+        try:
+            with torch.no_grad():
+                logits = network(*self.task.example_input(2)).shape[-1]
+        except (RuntimeError, TypeError, InvalidValue) as error:
+            raise IncompatibleStep(f"{named} does not run on samples of {self.task.name!r}: {error}") from error
+        classes = self.task.model_fields().get("num_classes", len(self.task.labels))
+        if logits != classes:
+            raise IncompatibleStep(f"{named} gives {logits} logits; {self.task.name!r} needs {classes}")
 
     def build(self) -> nn.Module:
         """The network that is named."""
@@ -733,6 +744,7 @@ class GraphKind(DataKind):
                 raise IncompatibleStep(
                     f"{self.step.id!r}: network = {self.step.network!r} has no {name}; graph_gcn is one that has"
                 )
+        super().check_network()
 
     def read(self, job: Job) -> Real:
         """The graphs in one piece."""

@@ -31,7 +31,7 @@ from sparing.core.meter import Meter, comparable
 from sparing.core.randomness import isolated_rng
 from sparing.core.recipe import PartRef, Recipe, load_recipe
 from sparing.core.registry import parts, resolve
-from sparing.core.step import Stage, Step
+from sparing.core.step import Stage, Step, declared
 from sparing.core.store import ARRAYS, JSON, PREDICTOR, All, BoundStore, Store
 
 if TYPE_CHECKING:
@@ -350,18 +350,7 @@ def _check_one(step: Step, place: str, stand: _Standing, problems: list[str]) ->
 
 def _steps_with(attribute: str, value: str) -> list[str]:
     """Names of the steps that declare it, with their fields as they are by default."""
-    return sorted(name for name in parts("steps") if value in _declared(resolve("steps", name), attribute))
-
-
-def _declared(kind: type[Step], attribute: str) -> Iterable[str]:
-    """A step's words; those that depend on its fields, as they are by default."""
-    words = getattr(kind, attribute, ())
-    if not isinstance(words, property):
-        return words
-    try:
-        return getattr(kind(), attribute)
-    except SparingError:
-        return ()
+    return sorted(name for name in parts("steps") if value in declared(resolve("steps", name), attribute))
 
 
 def _look_up(

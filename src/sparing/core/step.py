@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import PurePath
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from sparing.core.errors import InvalidValue, did_you_mean, shown
+from sparing.core.errors import InvalidValue, SparingError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from sparing.core.job import Job
@@ -184,12 +184,12 @@ def _check_declarations(cls: type[Step], name: str) -> None:
         raise InvalidValue(f"{where} declares no stage; one of Stage.{', Stage.'.join(Stage.__members__)} is needed")
     if cls.apply is Step.apply:
         raise InvalidValue(f"{where} does not define apply(self, job)")
-    for declared in ("needs", "gives", "removes", "promises", "realises", "fragile", "slots"):
-        value = getattr(cls, declared)
+    for attribute in ("needs", "gives", "removes", "promises", "realises", "fragile", "slots"):
+        value = getattr(cls, attribute)
         if not isinstance(value, property) and not (
             isinstance(value, frozenset | set) and all(isinstance(word, str) for word in value)
         ):
-            raise InvalidValue(f"{where}: {declared} = {shown(value)}; a set of words is needed, e.g. {{'trained'}}")
+            raise InvalidValue(f"{where}: {attribute} = {shown(value)}; a set of words is needed, e.g. {{'trained'}}")
 
 
 def field_problems(cls: type[Step], error: ValidationError) -> list[str]:
@@ -213,3 +213,14 @@ def _problems(cls: type[Step], error: ValidationError) -> list[tuple[str, str]]:
             line = f"{place} = {shown(item['input'])}: {message}"
         found.append((str(item["loc"][0]) if item["loc"] else "", f"{cls.name}: {line}"))
     return found
+
+
+def declared(kind: type[Step], attribute: str) -> Iterable[str]:
+    """The words of a step's class, e.g. what it ``gives``; those that depend on its fields, as they are by default."""
+    words = getattr(kind, attribute)
+    if not isinstance(words, property):
+        return words
+    try:
+        return getattr(kind(), attribute)
+    except SparingError:  # a field has no default
+        return ()

@@ -411,8 +411,6 @@ class AuditBackdoor(Step):
         real = kind.read(child)
         kind.check_size(real)
         factory = kind.network(real.data.shape[1:])
-        with isolated_rng("does it fit", seed):
-            fitting(factory(), job.task, "condense")
 
         def made() -> dict[str, Any]:
             said: dict[str, Any] = {}
