@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -446,19 +446,28 @@ class _Propagating(nn.Module):
             raise InvalidValue(f"{self.name}: {len(blocks)} blocks; one for each of {sum(self.hops)} propagations")
         return iter(blocks)
 
+    def embed(self, x: Float[Tensor, "..."], adj: Any) -> Float[Tensor, "n hidden"]:
+        """Features (N, F) and an :data:`Adjacency` → what enters the last layer (N, hidden)."""
+        return self._hidden(x, self._blocks(adj))
+
     def forward(self, x: Float[Tensor, "..."], adj: Any) -> Float[Tensor, "n classes"]:
         """Features (N, F) and an :data:`Adjacency` → logits (N, C), of the last block's rows."""
+        blocks = self._blocks(adj)
+        return self._layer(len(self.layers) - 1, self._hidden(x, blocks), blocks)
+
+    def _hidden(self, x: Tensor, blocks: Iterator[Tensor | None]) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise InvalidValue(f"{self.name}: features of shape {tuple(x.shape)}; (N, {self.in_features}) is expected")
-        blocks = self._blocks(adj)
-        layer: Any
-        for number, (layer, hops) in enumerate(zip(self.layers, self.hops, strict=True)):
-            x = linear(x if number == 0 else relu(x), layer.weight)
-            for _ in range(hops):
-                block = next(blocks)
-                x = x if block is None else block @ x
-            x = x + layer.bias
+        for number in range(len(self.layers) - 1):
+            x = relu(self._layer(number, x, blocks))
         return x
+
+    def _layer(self, number: int, x: Tensor, blocks: Iterator[Tensor | None]) -> Tensor:
+        layer: Any = self.layers[number]
+        x = linear(x, layer.weight)
+        for block in islice(blocks, self.hops[number]):
+            x = x if block is None else block @ x
+        return x + layer.bias
 
 
 class AdjacencyGCN(_Propagating):

@@ -8,17 +8,15 @@ one's own data.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, relu
 
 from sparing.audits.backdoor.layers import evaluating
 from sparing.audits.backdoor.metrics import BackdoorRates, backdoor_rates
-from sparing.audits.backdoor.triggers import BETAS, ENOUGH, LEARNING_RATE, TriggerHistory, rank_units
+from sparing.audits.backdoor.triggers import TriggerHistory, check_driving, drive_units
 from sparing.core.errors import InvalidValue
 from sparing.data.graphs import PackedGraphs
 from sparing.models.gnn import normalised_adjacency
@@ -225,19 +223,14 @@ def clique_activations(
     if hasattr(network, "embed_dense"):
         embed = cast(Any, network).embed_dense
         return embed(rows[None], adjacency[None])[0], cast(Any, network).convs[-1].lin.weight
-    layers = list(cast(Iterable[nn.Linear], getattr(network, "layers", ())))
-    if len(layers) < 2 or not hasattr(network, "hops"):
+    layers: Any = getattr(network, "layers", ())
+    if len(layers) < 2 or not hasattr(network, "embed"):
         raise InvalidValue(
             f"subgraph: {type(network).__name__} has no hidden layer whose units could be driven; a GraphClassifier or "
             "an AdjacencyGCN of at least two layers is expected"
         )
-    smooth, x = normalised_adjacency(adjacency), rows
-    for layer, hops in zip(layers[:-1], cast(Any, network).hops, strict=False):
-        x = linear(x, layer.weight)
-        for _ in range(hops):
-            x = smooth @ x
-        x = relu(x + layer.bias)
-    return x.mean(dim=0), layers[-2].weight
+    embed = cast(Any, network).embed
+    return embed(rows, normalised_adjacency(adjacency)).mean(dim=0), layers[-2].weight
 
 
 class OptimisedSubgraph(SubgraphTrigger):
@@ -261,59 +254,36 @@ class OptimisedSubgraph(SubgraphTrigger):
         skip_dead: bool = True,
     ) -> None:
         super().__init__(features, value, nodes, seed)
-        if topk < 1 or max_steps < 1 or alpha <= 0:
-            raise InvalidValue(f"topk = {topk}, max_steps = {max_steps}, alpha = {alpha}; at least 1, 1 and above 0")
+        check_driving(topk, alpha, max_steps)
         self.topk, self.alpha, self.max_steps, self.skip_dead = topk, alpha, max_steps, skip_dead
         self.history = TriggerHistory()
 
     def update(self, network: nn.Module) -> bool:
         """Fit the rows to ``network``, which stays as it is; whether they moved."""
-        before, device = self.rows, next(network.parameters()).device
-        rows = before.to(device).clone().requires_grad_()
-        lowest, highest = self.lowest.to(device), self.highest.to(device)
-        optimizer = torch.optim.Adam([rows], lr=LEARNING_RATE, betas=BETAS)
-        with evaluating(network), torch.enable_grad():
-            start, weight = clique_activations(network, rows)
-            units = rank_units(weight)
-            if self.skip_dead:
-                units = units[start.detach()[units] > 0]
-            units = units[: self.topk]
-            target = self.alpha * start.detach()[units]
-            for _ in range(self.max_steps if len(units) else 0):
-                loss = (clique_activations(network, rows)[0][units] - target).square().mean()
-                if float(loss.detach()) < ENOUGH:
-                    break
-                (rows.grad,) = torch.autograd.grad(loss, rows)
-                optimizer.step()
-                self.history.steps += 1
-                with torch.no_grad():
-                    rows.copy_(torch.minimum(torch.maximum(rows, lowest), highest))
-        self.rows = rows.detach().to(before.device)
+        before = self.rows
+        rows = before.to(next(network.parameters()).device)
+        lowest, highest = self.lowest.to(rows), self.highest.to(rows)
+        with evaluating(network):
+            done = drive_units(
+                lambda moving: clique_activations(network, moving)[0],
+                *(rows, clique_activations(network, rows)[1], self.topk, self.alpha, self.max_steps, self.skip_dead),
+                keep=lambda moving: torch.minimum(torch.maximum(moving, lowest), highest),
+            )
+        self.rows = done.values.to(before.device)
         moved = bool((self.rows != before).any())
-        self.history.updates += 1
-        self.history.moved += moved
-        if moved:
-            self.history.images.append(self.rows.clone())
+        self.history.add(self.rows, done.steps, moved)
         return moved
 
     def describe(self) -> dict[str, Any]:
         """Also the settings, the number of updates and how many of them moved the rows."""
         settings = {name: getattr(self, name) for name in ("topk", "alpha", "max_steps", "skip_dead")}
-        counts = {name: getattr(self.history, name) for name in ("updates", "moved", "steps")}
-        return super().describe() | settings | counts
+        return super().describe() | settings | self.history.counts()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        history = self.history
-        return {
-            "rows": self.rows.clone(),
-            "images": [rows.clone() for rows in history.images],
-            "updates": history.updates,
-            "moved": history.moved,
-            "steps": history.steps,
-        }
+        return {"rows": self.rows.clone(), **self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.rows = state["rows"].clone()
-        self.history = TriggerHistory(state["updates"], state["moved"], state["steps"], list(state["images"]))
+        self.history = TriggerHistory.of(state)

@@ -6,9 +6,9 @@ evaluating defences on one's own data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -171,6 +171,75 @@ def activations(model: nn.Module, layer: nn.Linear, x: Float[Tensor, "n c h w"])
     return found[-1]
 
 
+class Driven(NamedTuple):
+    """What :func:`drive_units` did."""
+
+    values: Tensor
+    """As they became."""
+    units: Int[Tensor, " k"]
+    start: Float[Tensor, " k"]
+    """Activations of these units to begin with."""
+    losses: list[float]
+    steps: int
+
+
+def check_driving(topk: int, alpha: float, max_steps: int) -> None:
+    """Raise :class:`InvalidValue` for settings that :func:`drive_units` does not take."""
+    if topk < 1 or max_steps < 1 or alpha <= 0:
+        raise InvalidValue(f"topk = {topk}, max_steps = {max_steps}, alpha = {alpha}; at least 1, 1 and above 0")
+
+
+def drive_units(
+    activations: Callable[[Tensor], Tensor],
+    values: Tensor,
+    weight: Float[Tensor, "units inputs"],
+    topk: int,
+    alpha: float,
+    max_steps: int,
+    skip_dead: bool,
+    mask: Tensor | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> Driven:
+    """Drive the units of largest incoming weight to ``alpha`` times their activation by changing ``values``.
+
+    Adam minimises the mean squared distance until it is below 0.5, or for ``max_steps`` steps.
+
+    Args:
+        activations: values → activation of each unit, (units,).
+        values: of any shape.
+        weight: of the layer whose units they are.
+        topk: how many.
+        alpha: times their activation is the goal.
+        max_steps: of Adam.
+        skip_dead: pass over units that are not active, which have no gradient.
+        mask: multiplies the gradient.
+        keep: values after a step → as they may be.
+    """
+    moving = values.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([moving], lr=LEARNING_RATE, betas=BETAS)
+    losses, steps = list[float](), 0
+    with torch.enable_grad():
+        before = activations(moving).detach()
+        units = rank_units(weight)
+        if skip_dead:
+            units = units[before[units] > 0]
+        units = units[:topk]
+        target = alpha * before[units]
+        for _ in range(max_steps if len(units) else 0):
+            loss = (activations(moving)[units] - target).square().mean()
+            losses.append(float(loss.detach()))
+            if losses[-1] < ENOUGH:
+                break
+            (gradient,) = torch.autograd.grad(loss, moving)
+            moving.grad = gradient if mask is None else gradient * mask
+            optimizer.step()
+            steps += 1
+            if keep is not None:
+                with torch.no_grad():
+                    moving.copy_(keep(moving))
+    return Driven(moving.detach(), units, before[units], losses, steps)
+
+
 def update_trigger(
     model: nn.Module,
     image: Float[Tensor, "c h w"],
@@ -195,44 +264,28 @@ def update_trigger(
     The network's parameters get no gradients and its mode stays as it was. :class:`InvalidValue` when ``layer`` is
     not a Linear, or for ``topk``, ``alpha`` or ``max_steps`` below 1, 0 and 1.
     """
-    if topk < 1 or max_steps < 1 or alpha <= 0:
-        raise InvalidValue(f"topk = {topk}, max_steps = {max_steps}, alpha = {alpha}; at least 1, 1 and above 0")
-    start = image.detach()[None].clone()
+    check_driving(topk, alpha, max_steps)
+    start = image.detach()[None]
     linear = linear_layer(model, start, layer)
     if topk > linear.out_features:
         raise InvalidValue(f"topk = {topk}; layer {layer} has {linear.out_features} units")
-    trigger = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([trigger], lr=LEARNING_RATE, betas=BETAS)
     mask = mask.to(start)
-    losses: list[float] = []
-    steps = 0
-    with evaluating(model), torch.enable_grad():
-        before = activations(model, linear, start).detach()
-        units = rank_units(linear.weight)
-        if skip_dead:
-            units = units[before[0, units] > 0]
-        units = units[:topk]
-        if len(units):
-            target = alpha * before[:, units]
-            for _ in range(max_steps):
-                loss = (activations(model, linear, trigger)[:, units] - target).square().mean()
-                losses.append(float(loss.detach()))
-                if losses[-1] < ENOUGH:
-                    break
-                (gradient,) = torch.autograd.grad(loss, trigger)
-                trigger.grad = gradient * mask
-                optimizer.step()
-                steps += 1
-                if clip is not None:
-                    with torch.no_grad():
-                        trigger.copy_(torch.where(mask > 0, clip.clamp(trigger), trigger))
-    after = trigger.detach()[0]
+
+    def keep(trigger: Tensor) -> Tensor:
+        return trigger if clip is None else torch.where(mask > 0, clip.clamp(trigger), trigger)
+
+    with evaluating(model):
+        done = drive_units(
+            lambda trigger: activations(model, linear, trigger)[0],
+            *(start, linear.weight, topk, alpha, max_steps, skip_dead, mask, keep),
+        )
+    after = done.values[0]
     return TriggerUpdate(
         image=after,
-        units=tuple(units.tolist()),
-        start=tuple(before[0, units].tolist()),
-        losses=tuple(losses),
-        steps=steps,
+        units=tuple(done.units.tolist()),
+        start=tuple(done.start.tolist()),
+        losses=tuple(done.losses),
+        steps=done.steps,
         moved=bool((after != image).any()),
     )
 
@@ -247,6 +300,27 @@ class TriggerHistory:
     images: list[Tensor] = field(default_factory=list)
     """The trigger, (C, H, W), or a subgraph's rows after each update that moved it: a defence fitted to one of them may
     miss another."""
+
+    def add(self, values: Tensor, steps: int, moved: bool) -> None:
+        """Count an update of ``steps`` steps that ended at ``values``."""
+        self.updates += 1
+        self.moved += moved
+        self.steps += steps
+        if moved:
+            self.images.append(values.clone())
+
+    def counts(self) -> dict[str, int]:
+        """Updates, those that moved the trigger, and steps, for a report."""
+        return {"updates": self.updates, "moved": self.moved, "steps": self.steps}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return self.counts() | {"images": [image.clone() for image in self.images]}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> TriggerHistory:
+        """From a :meth:`state_dict`, which may hold more."""
+        return cls(state["updates"], state["moved"], state["steps"], list(state["images"]))
 
 
 class OptimisedTrigger(PatchTrigger):
@@ -295,35 +369,19 @@ class OptimisedTrigger(PatchTrigger):
             self.skip_dead,
         )
         self.image = done.image.to(self.image.device)
-        self.history.updates += 1
-        self.history.moved += done.moved
-        self.history.steps += done.steps
-        if done.moved:
-            self.history.images.append(self.image.clone())
+        self.history.add(self.image, done.steps, done.moved)
         return done
 
     def describe(self) -> dict[str, Any]:
         """Also the settings, the number of updates and how many of them moved the patch."""
         settings = ("layer", "topk", "alpha", "max_steps", "clip", "skip_dead")
-        counts = ("updates", "moved", "steps")
-        return (
-            super().describe()
-            | {name: getattr(self, name) for name in settings}
-            | {name: getattr(self.history, name) for name in counts}
-        )
+        return super().describe() | {name: getattr(self, name) for name in settings} | self.history.counts()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        history = self.history
-        return {
-            "image": self.image.clone(),
-            "images": [image.clone() for image in history.images],
-            "updates": history.updates,
-            "moved": history.moved,
-            "steps": history.steps,
-        }
+        return {"image": self.image.clone(), **self.history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`."""
         self.image = state["image"].clone()
-        self.history = TriggerHistory(state["updates"], state["moved"], state["steps"], list(state["images"]))
+        self.history = TriggerHistory.of(state)
