@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from _claims import Claim, main
-from sparing.condensation.coresets import CoresetSelector
+from sparing.condensation.coresets import CoresetSelector, Strategy
 from sparing.condensation.evaluation import embed_images, evaluate_condensed, train_on_condensed
 from sparing.condensation.graph_evaluation import (
     EDGE_THRESHOLDS,
@@ -43,7 +43,7 @@ from sparing.condensation.graph_evaluation import (
     train_on_node_graph,
 )
 from sparing.condensation.graphs import GraphSetCondenser, padded
-from sparing.condensation.images import ImageCondenser
+from sparing.condensation.images import ImageCondenser, Method
 from sparing.condensation.nodes import NodeCondenser
 from sparing.condensation.saved import load_condensed, save_condensed
 from sparing.condensation.siamese import FAMILIES
@@ -216,7 +216,7 @@ def whole_graphs(name: str, split: int, share: float = 1.0) -> float:
     return kept(f"{name}/split{split}/whole", recipe, compute)[0]["mean"]
 
 
-def chosen_graphs(name: str, split: int, strategy: str, count: int, seed: int = 0) -> Tensor:
+def chosen_graphs(name: str, split: int, strategy: Strategy, count: int, seed: int = 0) -> Tensor:
     """Rows of real training graphs, so many of each class."""
     train = parts(name, split)[0]
     if strategy == "random":
@@ -224,7 +224,7 @@ def chosen_graphs(name: str, split: int, strategy: str, count: int, seed: int = 
     whole_graphs(name, split)
     _, folder = kept(f"{name}/split{split}/whole", WHOLE[name], lambda _: None)
     rows = files.read_arrays(folder / "embeddings.npz")["rows"]
-    return torch.from_numpy(CoresetSelector(strategy, count).fit(rows, train.y).indices_)  # type: ignore[arg-type]
+    return torch.from_numpy(CoresetSelector(strategy, count).fit(rows, train.y).indices_)
 
 
 def judged_graphs(
@@ -270,6 +270,11 @@ def begun_with(name: str, split: int, count: int, seed: int) -> list[Any]:
     ]
 
 
+def as_it_is(data: PackedGraphs) -> PackedGraphs:
+    """Graphs that are there already, where a function that makes them is asked."""
+    return data
+
+
 def graph_arm(name: str, split: int, arm: str, count: int) -> float:
     """Test accuracy in percent of an arm on a split: mean over draws or seeds, and over networks."""
     if arm == "whole set":
@@ -296,7 +301,7 @@ def graph_arm(name: str, split: int, arm: str, count: int) -> float:
             made, about = functools.partial(begun_with, name, split, count, seed), seed
         else:
             data, _, about = condensed_graphs(name, split, count, seed, **(multi_step(name) if arm == "dcg" else {}))
-            made = lambda data=data: data  # noqa: E731
+            made = functools.partial(as_it_is, data)
         nets = NETS if arm == "doscond" else NETS[:2]
         found.append(judged_graphs(name, split, f"{arm}{seed}", count, made, nets, about))
     return average(found)
@@ -559,7 +564,7 @@ def condensed_nodes(name: str, arm: str, seed: int) -> tuple[Any, dict[str, Any]
     return found.data, dict(found.provenance)
 
 
-def chosen_nodes(name: str, strategy: str, seed: int) -> Any:
+def chosen_nodes(name: str, strategy: Strategy, seed: int) -> Any:
     """Half of the training nodes, as many of each class, with the edges among them."""
     graph = citations(name)
     nodes = graph.train_mask.nonzero().flatten()
@@ -569,7 +574,7 @@ def chosen_nodes(name: str, strategy: str, seed: int) -> Any:
         whole_nodes(name, seed)
         _, folder = kept(f"{name}/whole{seed}", NODE_EPOCHS, lambda _: None)
         given = files.read_arrays(folder / "hidden.npz")["rows"]
-    selector = CoresetSelector(strategy, count, random_state=seed)  # type: ignore[arg-type]
+    selector = CoresetSelector(strategy, count, random_state=seed)
     rows = nodes[torch.from_numpy(selector.fit(given, graph.y[nodes]).indices_)]
     place = torch.full((len(graph.y),), -1)
     place[rows] = torch.arange(len(rows))
@@ -752,7 +757,7 @@ def whole_images(share: float = 1.0) -> dict[str, float]:
     return kept("images/whole", recipe, compute)[0]
 
 
-def chosen_images(strategy: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def chosen_images(strategy: Strategy, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Real images, so many of each class."""
     images, labels = fashion("train")
     given: Any = labels
@@ -760,18 +765,18 @@ def chosen_images(strategy: str, count: int, seed: int) -> tuple[Tensor, Tensor]
         whole_images()
         _, folder = kept("images/whole", {"epochs": 8, "lr": 0.02}, lambda _: None)
         given = files.read_arrays(folder / "embeddings.npz")["rows"]
-    rows = CoresetSelector(strategy, count, random_state=seed).fit(given, labels).indices_  # type: ignore[arg-type]
+    rows = CoresetSelector(strategy, count, random_state=seed).fit(given, labels).indices_
     return images[rows], labels[rows]
 
 
-def condensed_images(method: str, count: int, seed: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any], Any]:
+def condensed_images(method: Method, count: int, seed: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any], Any]:
     """(images and labels, provenance, settings) of a condensing."""
     settings = {"n_per_class": count, "batch_real": 64, "random_state": seed} | IMAGES[method]
     if count == 1 and method != "dm":
         settings |= {"outer_steps": 1, "inner_steps": 0, "max_iter": 100}
 
     def compute(folder: Path) -> dict[str, Any]:
-        condenser = ImageCondenser(method, network=KINDS["convnet"], **settings)  # type: ignore[arg-type]
+        condenser = ImageCondenser(method, network=KINDS["convnet"], **settings)
         condenser.fit(*fashion("train"))
         save_condensed(folder / "set", condenser.condensed_, condenser.provenance_)
         return condenser.cost_

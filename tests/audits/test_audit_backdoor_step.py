@@ -308,7 +308,7 @@ def test_a_network_of_other_classes_is_refused(tmp_path):
     other = NETWORK | {"num_classes": 3}
     with pytest.raises(InvalidValue, match="model: the network gives 3 logits; 'pictures' has 6 classes"):
         run(tmp_path, CONDENSE, cheap(model=other))
-    with pytest.raises(RecipeError, match=r"'condense': network = .* gives 3 logits; 'pictures' needs 6"):
+    with pytest.raises(RecipeError, match=r"'condense': network = .* gives 3 logits; 'pictures' has 6 classes"):
         run(tmp_path, CONDENSE, cheap(condense=Condense(method="dc", per_class=1, network=other)))
 
 

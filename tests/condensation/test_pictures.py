@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparing.condensation.pictures import COLOURS, SIDE, UNKNOWN, beside, graph_picture, image_sheet
+from sparing.condensation.pictures import COLOURS, UNKNOWN, beside, graph_picture, image_sheet
 from sparing.core.errors import InvalidValue
-from sparing.core.ledger import Picture
+from sparing.core.ledger import PICTURE_SIDE, Picture
 
 
 def test_a_sheet_has_a_row_for_each_class_and_clips_what_it_draws():
@@ -65,4 +65,4 @@ def test_pictures_stand_beside_each_other_as_far_as_there_is_room():
     assert (both[56:, :40] == 9).all()
     assert (both[56:, 46:] == 225).all()
     many = beside([[red] * 100] * 100)
-    assert max(many.shape) <= SIDE
+    assert max(many.shape) <= PICTURE_SIDE

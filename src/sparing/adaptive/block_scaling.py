@@ -16,6 +16,7 @@ from sparing.adaptive.scaling import (
     Selection,
     check_sparsities,
 )
+from sparing.core.devices import check_device, device_named
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect
 from sparing.core.step import Stage, Step, step
 from sparing.core.store import ARRAYS, JSON, PREDICTOR, TENSORS, All
@@ -88,13 +89,7 @@ class BlockScaling(Step):
             raise InvalidValue(f"n_jobs = {self.n_jobs}; at least 1 is expected, or -1 for all cores")
         if self.n_jobs != 1 and self.device not in ("auto", "cpu"):
             raise InvalidValue(f"device = {self.device!r} with n_jobs = {self.n_jobs}; processes train on the CPU")
-        if self.device != "auto":
-            import torch
-
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise InvalidValue(f"device = {self.device!r}: {error}") from None
+        check_device(self.device)
 
     def apply(self, job: Job) -> Job:
         """The job with a predictor of exchangeable blocks. Its model stays the original network.
@@ -178,11 +173,7 @@ class BlockScaling(Step):
         }
 
     def _device(self) -> torch.device:
-        import torch
-
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if self.n_jobs == 1 and torch.cuda.is_available() else "cpu")
+        return device_named("cpu" if self.n_jobs != 1 else self.device)
 
     def _predictor(self, job: Job, weights: dict[str, torch.Tensor]) -> LegoPredictor:
         """The graphs, and what each size loses on the validation data; not yet timed."""

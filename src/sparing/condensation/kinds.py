@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ DRAWN = 150
 """Most nodes of one graph in a drawing."""
 BESIDE = 2
 """Condensed and real graphs of each class that are drawn."""
+Condensers = Mapping[str, tuple[type, Mapping[str, Any]]]
+"""Method → (condenser, its arguments where they differ from its own defaults)."""
 Pictures = list[tuple[str, np.ndarray, str]]
 """(title, pixels, caption) of each."""
 
@@ -94,7 +96,10 @@ class Real:
     bytes: int
 
 
-class DataKind(ABC):
+R = TypeVar("R", bound=Real)
+
+
+class DataKind(ABC, Generic[R]):
     """One kind of data: what can be done with it by the fields of one step, on one task."""
 
     capability: ClassVar[str]
@@ -103,8 +108,7 @@ class DataKind(ABC):
     """What it is called on disk."""
     units: ClassVar[str]
     """What its samples are."""
-    condensers: ClassVar[Mapping[str, tuple[type, Mapping[str, Any]]]]
-    """Method → (condenser, its arguments where they differ from its own defaults)."""
+    condensers: ClassVar[Condensers]
     default: ClassVar[str]
     """The method where none is named."""
     default_size: ClassVar[Mapping[str, Any]]
@@ -186,16 +190,8 @@ class DataKind(ABC):
         if self.step.network is None:
             return
         with isolated_rng("does it fit", 0):
-            network = self.build().eval()
-        named = f"{self.step.id!r}: network = {self.step.network!r}"
-        try:
-            with torch.no_grad():
-                logits = network(*self.task.example_input(2)).shape[-1]
-        except (RuntimeError, TypeError, InvalidValue) as error:
-            raise IncompatibleStep(f"{named} does not run on samples of {self.task.name!r}: {error}") from error
-        classes = self.task.model_fields().get("num_classes", len(self.task.labels))
-        if logits != classes:
-            raise IncompatibleStep(f"{named} gives {logits} logits; {self.task.name!r} needs {classes}")
+            network = self.build()
+        check_answer(network, self.task, f"{self.step.id!r}: network = {self.step.network!r}")
 
     def build(self) -> nn.Module:
         """The network that is named."""
@@ -207,7 +203,7 @@ class DataKind(ABC):
     # --- with a job
 
     @abstractmethod
-    def read(self, job: Job) -> Real:
+    def read(self, job: Job) -> R:
         """The training data; raises with the index of what is wrong with them."""
 
     def counted(self, labels: Tensor) -> list[int]:
@@ -230,7 +226,7 @@ class DataKind(ABC):
         """Samples of the condensed set."""
         return len(self.allocation(counts).labels)
 
-    def check_size(self, real: Real) -> None:
+    def check_size(self, real: R) -> None:
         """Raise :class:`NoEffect` for a condensed set that is no smaller than the real one."""
         found = self.size(real.counts)
         if found >= len(real.labels):
@@ -239,17 +235,17 @@ class DataKind(ABC):
                 "real ones; a smaller per_class or rate is needed"
             )
 
-    def make(self, job: Job, real: Real, device: torch.device) -> Made:
+    def make(self, job: Job, real: R, device: torch.device) -> Made:
         """Condense; long work is kept in the job's store."""
         if self.method in CORE_SETS:
             return self.choose(job, real)
         return self.learn(job, real, device, job.store.progress("condensed"))
 
     @abstractmethod
-    def learn(self, job: Job, real: Real, device: torch.device, progress: Progress) -> Made:
+    def learn(self, job: Job, real: R, device: torch.device, progress: Progress) -> Made:
         """A synthetic set."""
 
-    def choose(self, job: Job, real: Real) -> Made:
+    def choose(self, job: Job, real: R) -> Made:
         """A core set."""
         allocation = self.allocation(real.counts)
         sizes = [last - first for first, last in allocation.ranges]
@@ -273,7 +269,7 @@ class DataKind(ABC):
         return Made(data, real.labels[rows], record)
 
     @abstractmethod
-    def subset(self, real: Real, rows: Tensor) -> Any:
+    def subset(self, real: R, rows: Tensor) -> Any:
         """The real samples ``rows`` (m,) as a condensed set."""
 
     def embedding_settings(self) -> dict[str, Any]:
@@ -287,7 +283,7 @@ class DataKind(ABC):
     """Registered name of the network that is trained for embeddings where none is named."""
 
     @abstractmethod
-    def embed(self, job: Job, real: Real) -> Tensor:
+    def embed(self, job: Job, real: R) -> Tensor:
         """An embedding of each training sample, (n, d), by a network trained on all of them."""
 
     def trained(self, job: Job, network: nn.Module, train: Any, val: Any) -> nn.Module:
@@ -312,7 +308,7 @@ class DataKind(ABC):
         return network.eval()
 
     @abstractmethod
-    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+    def check_saved(self, found: CondensedSet, real: R) -> Made:
         """A set from disk that fits the task; raises :class:`IncompatibleStep` for one that does not."""
 
     @abstractmethod
@@ -320,10 +316,10 @@ class DataKind(ABC):
         """The condensed set as the task's training data."""
 
     @abstractmethod
-    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+    def pictures(self, job: Job, made: Made, real: R) -> Pictures:
         """The condensed set, to look at."""
 
-    def finished(self, job: Job, made: Made, real: Real) -> Made:
+    def finished(self, job: Job, made: Made, real: R) -> Made:
         """The set after what is chosen on validation data."""
         return made
 
@@ -335,6 +331,21 @@ class DataKind(ABC):
         """What :meth:`Made.stored` was made of."""
         data, steps = data_of(self.saved, stored["tensors"], stored["record"].get("sets"))
         return Made(data, stored["tensors"]["y"], stored["record"], steps)
+
+
+def check_answer(network: nn.Module, task: Task, field: str) -> None:
+    """Raise :class:`InvalidValue`, saying ``field``, unless a network answers the task's samples with its logits.
+
+    The network is then in evaluation mode.
+    """
+    try:
+        with torch.no_grad():
+            logits = network.eval()(*task.example_input(2)).shape[-1]
+    except (RuntimeError, TypeError) as error:
+        raise InvalidValue(f"{field}: the network does not run on samples of {task.name!r}: {error}") from error
+    needed = task.model_fields().get("num_classes", len(task.labels))
+    if logits != needed:
+        raise InvalidValue(f"{field}: the network gives {logits} logits; {task.name!r} has {needed} classes")
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
@@ -363,22 +374,22 @@ class RealImages(Real):
         return (self.data - self.mean) / self.std
 
 
-class ImageKind(DataKind):
+class ImageKind(DataKind[RealImages]):
     """Labelled images."""
 
     capability = "images"
     saved = "images"
     units = "images"
-    condensers = {  # noqa: RUF012  # a ClassVar of the base
+    condensers: ClassVar[Condensers] = {
         "dc": (ImageCondenser, {}),
         "dsa": (ImageCondenser, {}),
         "dm": (ImageCondenser, {}),
         "dd": (UnrolledCondenser, {}),
     }
     default = "dm"
-    default_size = {"per_class": 10}  # noqa: RUF012
+    default_size: ClassVar[Mapping[str, Any]] = {"per_class": 10}
     network_name = "blocknet"
-    recipe = {  # noqa: RUF012
+    recipe: ClassVar[Mapping[str, Any]] = {
         "epochs": 300,
         "batch_size": 256,
         "optimizer": "SGD",
@@ -437,7 +448,7 @@ class ImageKind(DataKind):
         std = torch.where(std < 1e-6, 1.0, std)
         return RealImages(images, labels, counts, nbytes({"x": images, "y": labels}), mean[0], std[0])
 
-    def learn(self, job: Job, real: RealImages, device: torch.device, progress: Progress) -> Made:  # type: ignore[override]
+    def learn(self, job: Job, real: RealImages, device: torch.device, progress: Progress) -> Made:
         """By DC, DSA or DM on normalised images; by DD in the task's own space, where its steps are taken."""
         condenser = self.condenser(job.seed, factory=self.network(real.data.shape[1:]))
         own = self.method == "dd"
@@ -465,11 +476,11 @@ class ImageKind(DataKind):
         assert spec is not None
         return {"name": spec.builder, **spec.config}
 
-    def subset(self, real: Real, rows: Tensor) -> TensorDataset:
+    def subset(self, real: RealImages, rows: Tensor) -> TensorDataset:
         """Real images as they are."""
         return TensorDataset(real.data[rows].clone(), real.labels[rows])
 
-    def embed(self, job: Job, real: RealImages) -> Tensor:  # type: ignore[override]
+    def embed(self, job: Job, real: RealImages) -> Tensor:
         """What enters the head, of normalised images."""
         from sparing.core.randomness import isolated_rng
 
@@ -478,7 +489,7 @@ class ImageKind(DataKind):
         images = real.normalised()
         return embed_images(self.trained(job, network, TensorDataset(images, real.labels), None), images)
 
-    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+    def check_saved(self, found: CondensedSet, real: RealImages) -> Made:
         """Images of the task's size and classes."""
         images, labels = labelled_images(*found.data.tensors, every_class=False)
         if images.shape[1:] != real.data.shape[1:] or int(labels.max()) >= len(real.counts):
@@ -492,7 +503,7 @@ class ImageKind(DataKind):
         """Pairs of an image and its class."""
         return made.data
 
-    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+    def pictures(self, job: Job, made: Made, real: RealImages) -> Pictures:
         """A sheet of the images, a row for each class."""
         images, labels = made.data.tensors
         low, high = real.data.amin((0, 2, 3)), real.data.amax((0, 2, 3))
@@ -515,13 +526,13 @@ class RealNodes(Real):
     """Their numbers, (n,)."""
 
 
-class NodeKind(DataKind):
+class NodeKind(DataKind[RealNodes]):
     """Nodes of one graph."""
 
     capability = "node_classification"
     saved = "node_graph"
     units = "nodes"
-    condensers = {  # noqa: RUF012
+    condensers: ClassVar[Condensers] = {
         "one_step": (NodeCondenser, {}),
         "multi_step": (
             NodeCondenser,
@@ -537,9 +548,9 @@ class NodeKind(DataKind):
         ),
     }
     default = "one_step"
-    default_size = {"rate": 0.5}  # noqa: RUF012
+    default_size: ClassVar[Mapping[str, Any]] = {"rate": 0.5}
     network_name = "gcn"
-    recipe = {  # noqa: RUF012
+    recipe: ClassVar[Mapping[str, Any]] = {
         "epochs": 600,
         "optimizer": "Adam",
         "lr": 0.01,
@@ -591,7 +602,7 @@ class NodeKind(DataKind):
         size = nbytes({"x": train.x, "edge_index": train.edge_index, "y": y})
         return RealNodes(data, train.labels[order], self.counted(train.labels), size, train.nodes[order])
 
-    def learn(self, job: Job, real: Real, device: torch.device, progress: Progress) -> Made:
+    def learn(self, job: Job, real: RealNodes, device: torch.device, progress: Progress) -> Made:
         """By one-step matching or GCond; all edges are kept, whatever they weigh."""
         condenser = self.condenser(job.seed)
         condenser.fit(real.data.to(device), keeper=progress)
@@ -605,7 +616,7 @@ class NodeKind(DataKind):
         }
         return Made(graph, graph.y, record)
 
-    def finished(self, job: Job, made: Made, real: Real) -> Made:
+    def finished(self, job: Job, made: Made, real: RealNodes) -> Made:
         """Without light edges."""
         if not self.weighted():
             return made
@@ -619,7 +630,7 @@ class NodeKind(DataKind):
         record = {**made.record, "edge_threshold": cut, "bytes_after": nbytes(tensors_of(graph)[1])}
         return Made(graph, made.labels, record)
 
-    def compared(self, job: Job, made: Made, real: Real) -> list[dict[str, Any]]:
+    def compared(self, job: Job, made: Made, real: RealNodes) -> list[dict[str, Any]]:
         """What networks that learn from the graph with different cuts score on the validation nodes."""
         features, classes = real.data.x.shape[1], len(real.counts)
         scores, seen = [], set()
@@ -639,7 +650,7 @@ class NodeKind(DataKind):
             scores.append({"name": name, "edge_threshold": cut, "edges": edges, "val accuracy": score.validation})
         return scores
 
-    def subset(self, real: RealNodes, rows: Tensor) -> Data:  # type: ignore[override]
+    def subset(self, real: RealNodes, rows: Tensor) -> Data:
         """Real nodes and the edges among them."""
         nodes, data = real.nodes[rows], real.data
         place = torch.full((len(data.y),), -1)
@@ -650,7 +661,7 @@ class NodeKind(DataKind):
         x = data.x.index_select(0, nodes).to_dense()
         return graph_data(x, ends[:, kept], data.y[nodes], None if weight is None else weight[kept])
 
-    def embed(self, job: Job, real: RealNodes) -> Tensor:  # type: ignore[override]
+    def embed(self, job: Job, real: RealNodes) -> Tensor:
         """What enters the last layer."""
         from sparing.core.predictor import build_model
         from sparing.core.randomness import isolated_rng
@@ -670,7 +681,7 @@ class NodeKind(DataKind):
         handle.remove()
         return seen[0].to_dense()[real.nodes]
 
-    def check_saved(self, found: CondensedSet, real: Real) -> Made:
+    def check_saved(self, found: CondensedSet, real: RealNodes) -> Made:
         """A graph with the task's features and classes."""
         graph, width = found.data, real.data.x.shape[1]
         if graph.x.shape[1] != width or not 0 <= int(graph.y.min()) <= int(graph.y.max()) < len(real.counts):
@@ -687,7 +698,7 @@ class NodeKind(DataKind):
         graph = made.data
         return NodeSet(graph.x, graph.edge_index, torch.arange(len(graph.y)), graph.y, graph.get("edge_weight"))
 
-    def pictures(self, job: Job, made: Made, real: Real) -> Pictures:
+    def pictures(self, job: Job, made: Made, real: RealNodes) -> Pictures:
         """The condensed graph beside a part of the real one."""
         graph, data = made.data, real.data
         kinds = torch.where(data.train_mask, data.y, -1)
@@ -713,20 +724,20 @@ class NodeKind(DataKind):
 # --- sets of graphs ---------------------------------------------------------------------------------------------------
 
 
-class GraphKind(DataKind):
+class GraphKind(DataKind[Real]):
     """Graphs with a class each."""
 
     capability = "graph_classification"
     saved = "graphs"
     units = "graphs"
-    condensers = {  # noqa: RUF012
+    condensers: ClassVar[Condensers] = {
         "one_step": (GraphSetCondenser, {}),
         "multi_step": (GraphSetCondenser, {"outer_steps": 5, "inner_steps": 10}),
     }
     default = "one_step"
-    default_size = {"per_class": 10}  # noqa: RUF012
+    default_size: ClassVar[Mapping[str, Any]] = {"per_class": 10}
     network_name = "graph_gcn"
-    recipe = {"epochs": 500, "batch_size": 128, "optimizer": "Adam", "lr": 1e-3}  # noqa: RUF012
+    recipe: ClassVar[Mapping[str, Any]] = {"epochs": 500, "batch_size": 128, "optimizer": "Adam", "lr": 1e-3}
 
     def network(self) -> nn.Module:
         """A fresh network."""
@@ -810,10 +821,10 @@ class GraphKind(DataKind):
         return [("condensed graphs beside real ones", beside(rows), caption)]
 
 
-KINDS: tuple[type[DataKind], ...] = (ImageKind, NodeKind, GraphKind)
+KINDS: tuple[type[DataKind[Any]], ...] = (ImageKind, NodeKind, GraphKind)
 
 
-def kind_of(step: Condense, task: Task) -> DataKind:
+def kind_of(step: Condense, task: Task) -> DataKind[Any]:
     """What the data of ``task`` are; raises :class:`IncompatibleStep` for others than can be condensed."""
     for kind in KINDS:
         if {kind.capability, "classification"} <= task.capabilities:

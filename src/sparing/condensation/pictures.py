@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparing.core.errors import InvalidValue
+from sparing.core.ledger import PICTURE_SIDE
 
-SIDE = 1024
-"""Most pixels along a side of a picture."""
 COLOURS = (
     *((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)),
     *((140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207)),
@@ -47,13 +46,13 @@ def image_sheet(
     tiles = pixels[:, :, ::step, ::step].permute(0, 2, 3, 1).cpu().numpy()
     height, width = tiles.shape[1] + 2, tiles.shape[2] + 2
     rows = [np.flatnonzero(labels.cpu().numpy() == c) for c in range(int(labels.max()) + 1)]
-    rows = rows[: max(1, SIDE // height)]
-    columns = min(per_class, SIDE // width, max(len(row) for row in rows))
+    rows = rows[: max(1, PICTURE_SIDE // height)]
+    columns = min(per_class, PICTURE_SIDE // width, max(len(row) for row in rows))
     sheet = np.full((len(rows) * height, columns * width, channels), 255, np.uint8)
     for r, row in enumerate(rows):
         for k, number in enumerate(row[:columns]):
             sheet[r * height + 1 : (r + 1) * height - 1, k * width + 1 : (k + 1) * width - 1] = tiles[number]
-    larger = max(1, min(4, SIDE // max(sheet.shape[:2])))
+    larger = max(1, min(4, PICTURE_SIDE // max(sheet.shape[:2])))
     sheet = sheet.repeat(larger, 0).repeat(larger, 1)
     return sheet[..., 0] if channels == 1 else sheet
 
@@ -97,9 +96,9 @@ def graph_picture(nodes: int, edge_index: Int[Tensor, "2 e"], kinds: Int[Tensor,
 
 
 def beside(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Pictures of one size (h, w, 3) in rows, with gaps between; what is beyond :data:`SIDE` pixels is left out."""
+    """Pictures of one size (h, w, 3) in rows, with gaps between; what a picture has no room for is left out."""
     height, width, channels = rows[0][0].shape
-    count, columns = SIDE // (height + GAP), min(SIDE // (width + GAP), max(map(len, rows)))
+    count, columns = PICTURE_SIDE // (height + GAP), min(PICTURE_SIDE // (width + GAP), max(map(len, rows)))
     rows = [row[:columns] for row in rows[:count]]
     sheet = np.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), 225, np.uint8)
     for r, row in enumerate(rows):

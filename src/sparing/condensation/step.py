@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from sparing.core import registry
+from sparing.core.devices import check_device, device_named
 from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError
 from sparing.core.step import Stage, Step, step
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from sparing.condensation.kinds import DataKind, Made
@@ -95,7 +95,7 @@ class Condense(Step):
         if self.id == "model":
             raise InvalidValue("id = 'model': the saved model's folder has this name; the set needs another")
         if self.network is not None:
-            self._check_name()
+            self.named_network()
         if self.saved is not None:
             for item in fields(self):
                 value = getattr(self, item.name)
@@ -108,23 +108,7 @@ class Condense(Step):
                     f"{self.id}: network = {self.network!r}: saved = {self.saved} are no distilled images, which alone "
                     "need one"
                 )
-        if self.device != "auto":
-            import torch
-
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise InvalidValue(f"device = {self.device!r}: {error}") from None
-
-    def _check_name(self) -> None:
-        if isinstance(self.network, Mapping) and not isinstance(self.network.get("name"), str):
-            raise InvalidValue(f"{self.id}: network = {self.network}: the key 'name' is needed")
-        name, _ = self.named_network()
-        if name != "sgc" and ":" not in name:
-            try:
-                registry.resolve("models", name)
-            except SparingError as error:
-                raise InvalidValue(f"network = {self.network!r}: {error}") from None
+        check_device(self.device)
 
     @cached_property
     def saved_description(self) -> Mapping[str, Any]:
@@ -146,10 +130,10 @@ class Condense(Step):
 
     def named_network(self) -> tuple[str, dict[str, Any]]:
         """(name, fields) of ``network``."""
-        if not isinstance(self.network, Mapping):
-            return str(self.network), {}
-        own = dict(self.network)
-        return own.pop("name"), own
+        from sparing.core.predictor import named_model
+
+        assert self.network is not None
+        return named_model(self.network, f"{self.id}: network", also=("sgc",))
 
     def check(self, task: Task) -> None:
         """The method is one for the task's data, and everything given is of use to it."""
@@ -174,7 +158,7 @@ class Condense(Step):
             kind.check_size(real)
             codec: All[Any] = All({"tensors": TENSORS, "record": JSON})
             stored: dict[str, Any] = job.store.once(
-                "condensed", lambda: kind.make(job, real, self.chosen_device()).stored(), codec
+                "condensed", lambda: kind.make(job, real, device_named(self.device)).stored(), codec
             )
             made = kind.restored(stored)
             made = kind.finished(job, made, real)
@@ -194,7 +178,7 @@ class Condense(Step):
         )
         return self._with_network(kept, made, provenance) if made.steps is not None else kept
 
-    def _report(self, job: Job, kind: DataKind, made: Made, samples: int, size: int) -> None:
+    def _report(self, job: Job, kind: DataKind[Any], made: Made, samples: int, size: int) -> None:
         """What the ledger is told."""
         job.record("samples before", samples, "", better="")
         job.record("samples", len(made.labels), "", better="lower")
@@ -261,11 +245,3 @@ class Condense(Step):
         if initial is not None and shapes != {key: weight.shape for key, weight in initial.items()}:
             raise IncompatibleStep(f"{self.id!r}: saved = {self.saved}: its weights are not those of its {name}")
         return name, own
-
-    def chosen_device(self) -> torch.device:
-        """Where to condense."""
-        import torch
-
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -75,14 +75,11 @@ def macro_f1(predicted: Integer[ndarray, " n"], targets: Integer[ndarray, " n"],
 def roc_auc(scores: Float[ndarray, " n"], positive: Bool[ndarray, " n"]) -> float:
     """Area under the ROC curve: how often a positive's score (N,) is above a negative's, ties counted half.
 
-    The Mann-Whitney statistic (Hanley and McNeil 1982, section II), from ranks; NaN without a positive or a negative.
+    NaN without a positive or a negative.
     """
-    count = int(positive.sum())
-    if count in (0, len(scores)):
-        return float("nan")
-    _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, scores)) if 0 < int(positive.sum()) < len(scores) else float("nan")
 
 
 def evaluate_classification(logits: np.ndarray, targets: np.ndarray, class_names: Sequence[str]) -> Evaluation:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from sparing.core.errors import (
-    CorruptFile,
     DataError,
     InvalidValue,
     MissingDependency,
@@ -142,14 +141,7 @@ def read_planetoid(root: Path, name: str, layout: Literal["sparse", "dense"] = "
 def read_planetoid_arrays(root: Path, name: str) -> dict[str, np.ndarray]:
     """The checked arrays of ``planetoid/<name>.npz``, all int64; see the head of this module."""
     graph = GRAPHS[name]
-    path = graph.source.path(root)
-    if not path.is_file():
-        raise DataError(f"{path} is missing.\n{graph.source.how_to_place(root)}")
-    try:
-        arrays = read_arrays(path)
-    except CorruptFile as error:
-        raise DataError(f"{error}\n{graph.source.how_to_place(root)}") from error
-    return _checked(arrays, path, graph)
+    return _checked(graph.source.read(root, read_arrays), graph.source.path(root), graph)
 
 
 def split_of(name: str, root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -14,13 +14,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from sparing.core.environment import DATA_FOLDER
-from sparing.core.errors import DataError, InvalidValue
+from sparing.core.errors import CorruptFile, DataError, InvalidValue
 from sparing.core.files import put_in_place, sha256_of
 
+T = TypeVar("T")
 CHUNK = 1 << 20
 ATTEMPTS = 3
 TIMEOUT = 30.0
@@ -71,6 +72,27 @@ class Source:
             f"Place it there, or point SPARING_DATA at a folder that holds {self.place or self.name}. "
             f"{self.made.format(path=self.path(root))}"
         )
+
+    def read(self, root: Path, reader: Callable[[Path], T]) -> T:
+        """What ``reader`` makes of the one file; where it is missing or damaged, :class:`DataError` says what to do."""
+        path = self.path(root)
+        if not path.is_file():
+            raise DataError(f"{path} is missing.\n{self.how_to_place(root)}")
+        try:
+            return reader(path)
+        except (CorruptFile, DataError) as error:
+            raise DataError(f"{error}\n{self.how_to_place(root)}") from error
+
+
+def own_data(task: str, path: str, root: Path, expected: str) -> Path:
+    """A user's own file or folder: a relative ``path`` is looked for from the working folder, then from ``root``."""
+    given = Path(path).expanduser()
+    places = [given] if given.is_absolute() else [given, root / given]
+    for place in places:
+        if place.exists():
+            return place
+    looked = " nor ".join(str(place) for place in places)
+    raise DataError(f"{task}: path = {path!r}: neither {looked} exists; {expected} is expected")
 
 
 def data_root(given: Path | str | None = None) -> Path:

@@ -207,13 +207,7 @@ def read_published(root: Path, name: str) -> TuGraphs:
     if name not in TU_SETS:
         raise UnknownName(f"unknown set {name!r}.{did_you_mean(name, TU_SETS)} Known: {', '.join(sorted(TU_SETS))}")
     published = TU_SETS[name]
-    path = published.source.path(root)
-    if not path.is_file():
-        raise DataError(f"{path} is missing.\n{published.source.how_to_place(root)}")
-    try:
-        found = read_tu(path)
-    except DataError as error:
-        raise DataError(f"{error}\n{published.source.how_to_place(root)}") from error
+    found = published.source.read(root, read_tu)
     width = 0 if found.node_label is None else int((found.node_label.max(0) + 1).sum())
     if (len(found.graph_label), width, len(found.classes)) != (
         published.graphs,
@@ -221,8 +215,8 @@ def read_published(root: Path, name: str) -> TuGraphs:
         len(published.labels),
     ):
         raise DataError(
-            f"{path}: {len(found.graph_label)} graphs of {len(found.classes)} classes, {width} values of node labels; "
-            f"{name} has {published.graphs}, {len(published.labels)} and {published.features}"
+            f"{found.where}: {len(found.graph_label)} graphs of {len(found.classes)} classes, {width} values of node "
+            f"labels; {name} has {published.graphs}, {len(published.labels)} and {published.features}"
         )
     return found
 

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from sparing.core import registry
 from sparing.core.errors import IncompatibleStep, InvalidValue
 from sparing.core.step import RowId, step
 from sparing.core.task import IGNORED, Task
@@ -139,6 +138,11 @@ class Teacher(nn.Module):
                     module.register_buffer(name, parameter.detach())
         self.eval()
 
+    @property
+    def __wrapped__(self) -> Any:
+        """What :func:`inspect.signature` looks at: the model's own arguments are the teacher's."""
+        return self.model.forward
+
     def train(self, mode: bool = True) -> Self:
         """Stay as it is."""
         return super().train(False)
@@ -223,17 +227,13 @@ class Distil(Train):
             raise InvalidValue(f"{self.id}: give one of teacher (an earlier row) and teacher_folder (a saved model)")
         if self.teacher_folder is not None and not (self.teacher_folder / "sparing.json").is_file():
             raise InvalidValue(f"teacher_folder = {self.teacher_folder}: no saved model (it holds no sparing.json)")
-        if isinstance(self.model, Mapping):
-            if not isinstance(self.model.get("name"), str):
-                raise InvalidValue(f"{self.id}: model = {dict(self.model)}: the key 'name' is needed")
-        elif self.model is not None and not isinstance(self.model, str) and not callable(self.model):
+        if isinstance(self.model, str | Mapping):
+            self._named()
+        elif self.model is not None and not callable(self.model):
             raise InvalidValue(
                 f"{self.id}: model = {self.model!r}; a registered model's name, {{name: …, field: value}}, a function "
                 "that makes a module, or a module is expected"
             )
-        name = self.model.get("name") if isinstance(self.model, Mapping) else self.model
-        if isinstance(name, str) and ":" not in name and name not in registry.parts("models"):
-            registry.resolve("models", name)  # raises, naming the closest
 
     def check(self, task: Task) -> None:
         """The task predicts by logits, and the student can be built."""
@@ -247,10 +247,9 @@ class Distil(Train):
 
     def _named(self) -> tuple[str, dict[str, Any]]:
         """(name, fields) of a student given by name."""
-        if isinstance(self.model, str):
-            return self.model, {}
-        fields = dict(self.model)
-        return fields.pop("name"), fields
+        from sparing.core.predictor import named_model
+
+        return named_model(self.model, f"{self.id}: model")
 
     def student(self, job: Job) -> nn.Module:
         """The untrained student; one that is named or made here begins as the same model does when it is the job's."""

@@ -17,6 +17,7 @@ from sparing.audits.backdoor.subgraphs import SubgraphTrigger, graph_rates, node
 from sparing.condensation.graph_evaluation import train_on_graphs, train_on_node_graph
 from sparing.condensation.kinds import NodeKind, kind_of
 from sparing.condensation.step import Condense
+from sparing.core.devices import device_named
 from sparing.core.job import Job
 from sparing.core.randomness import derive_seed
 from sparing.core.store import JSON, TENSORS, All, BoundStore, Codec
@@ -53,7 +54,7 @@ class GraphSimulation:
         """Rates of networks trained on the attacked set, beside those of networks trained on the clean one."""
         bad, said = self._condensed("attacked")
         clean, _ = self._condensed("clean")
-        trigger = SubgraphTrigger(self._test_features(), torch.tensor(said["trigger"]["rows"]))
+        trigger = SubgraphTrigger(self.job.task.splits(self.job.root).test.x, torch.tensor(said["trigger"]["rows"]))
         victims, seconds = self._rates("attacked", bad, trigger, said["target"])
         control, more = self._rates("clean", clean, trigger, said["target"])
         return AuditReport(
@@ -80,15 +81,12 @@ class GraphSimulation:
         def made() -> dict[str, Any]:
             attack = self.attack(real.data.x) if where == "attacked" else None
             kind.callbacks = () if attack is None else (attack,)
-            stored = kind.make(child, real, self.condense.chosen_device()).stored()
+            stored = kind.make(child, real, device_named(self.condense.device)).stored()
             return {**stored, "said": {} if attack is None else attack.provenance}
 
         kept = child.store.once("condensed", made, CONDENSED)
         found = kind.finished(child, kind.restored(kept), real)
         return found.data, {**found.record, **kept["said"]}
-
-    def _test_features(self) -> Tensor:
-        return self.job.task.splits(self.job.root).test.x
 
     def _rates(
         self, where: str, condensed: Any, trigger: SubgraphTrigger, target: int

@@ -18,7 +18,6 @@ from sparing.audits.backdoor.attack import CondensationBackdoor
 from sparing.audits.backdoor.audit import AuditReport, BackdoorAudit, every_defence, mean_and_deviation
 from sparing.audits.backdoor.finding import Defence, Finding, Images, Subject
 from sparing.audits.backdoor.graph_simulation import CONDENSED, GraphSimulation, timed
-from sparing.audits.backdoor.layers import predict
 from sparing.audits.backdoor.metrics import Rate, check_target
 from sparing.audits.backdoor.neural_cleanse import Reversed, stamp_of
 from sparing.audits.backdoor.pixels import PixelSpace
@@ -27,9 +26,9 @@ from sparing.audits.backdoor.triggers import OptimisedTrigger, PatchTrigger
 from sparing.condensation.callbacks import is_marked
 from sparing.condensation.evaluation import train_on_condensed
 from sparing.condensation.images import labelled_images
-from sparing.condensation.kinds import CORE_SETS, ImageKind, RealImages, kind_of
+from sparing.condensation.kinds import CORE_SETS, ImageKind, RealImages, check_answer, kind_of
 from sparing.condensation.step import Condense
-from sparing.core import registry
+from sparing.core.devices import check_device, device_named
 from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, did_you_mean
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.statistics import t_interval
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 GRAPHS = frozenset({"graph_classification", "node_classification"})
 REFERENCE_IMAGES = 6000
 """Real training images that a condensed set is held against, at most."""
-PICTURE_SIDE = 224
+SHOWN_SIDE = 224
 """Small pictures are enlarged to about so many pixels for the report."""
 FINDING: All[Any] = All({"finding": JSON, "pictures": TENSORS, "stamps": TENSORS})
 SAID_POISONED = {"poisoned": True, "note": "it says of itself that a backdoor was planted in it"}
@@ -106,20 +105,8 @@ def begun_anew(model: nn.Module) -> nn.Module:
     return made
 
 
-def fitting(network: nn.Module, task: Task, field: str) -> nn.Module:
-    """The network; :class:`InvalidValue` unless it answers the task's images with a logit for each of its classes."""
-    try:
-        classes = predict(network, task.example_input(2)[0]).shape[1]
-    except (RuntimeError, TypeError) as error:
-        raise InvalidValue(f"{field}: the network does not run on an image of {task.name!r}: {error}") from error
-    if classes != len(task.labels):
-        raise InvalidValue(f"{field}: the network gives {classes} logits; {task.name!r} has {len(task.labels)} classes")
-    return network
-
-
 def packed(finding: Finding) -> dict[str, Any]:
     """A finding as the store keeps it."""
-
     stamps = dict[str, Tensor]()
     for number, stamp in enumerate(finding.stamps):
         if stamp.parts is None:
@@ -148,7 +135,7 @@ def picture(values: Tensor) -> np.ndarray:
     """(C, H, W) of 0 to 1 → uint8 (H', W'), of three channels (H', W', 3), enlarged by whole steps."""
     shown = values if values.shape[0] in (1, 3) else values.mean(dim=0, keepdim=True)
     array = (shown * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    factor = max(1, PICTURE_SIDE // max(array.shape[:2]))
+    factor = max(1, SHOWN_SIDE // max(array.shape[:2]))
     array = array.repeat(factor, axis=0).repeat(factor, axis=1)
     return array[:, :, 0] if array.shape[2] == 1 else array
 
@@ -224,15 +211,9 @@ class AuditBackdoor(Step):
                 f"condense = {self.condense}: a method that learns synthetic images is expected, not a saved set, nor "
                 f"{', '.join(CORE_SETS)}"
             )
-        if self.device != "auto":
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise InvalidValue(f"device = {self.device!r}: {error}") from None
+        check_device(self.device)
         if self.model is not None:
-            name, _ = self._named()
-            if ":" not in name and name not in registry.parts("models"):
-                registry.resolve("models", name)  # raises, naming the closest
+            self._named()
 
     def _defences(self) -> list[Defence]:
         known = {type(defence).name: type(defence) for defence in every_defence()}
@@ -257,13 +238,9 @@ class AuditBackdoor(Step):
 
     def _named(self) -> tuple[str, dict[str, Any]]:
         """(name, fields) of the victims' network."""
-        if isinstance(self.model, str):
-            return self.model, {}
-        if isinstance(self.model, Mapping) and isinstance(self.model.get("name"), str):
-            return self.model["name"], {key: value for key, value in self.model.items() if key != "name"}
-        raise InvalidValue(
-            f"model = {self.model!r}; a registered model's name or {{name: …, field: value}} is expected"
-        )
+        from sparing.core.predictor import named_model
+
+        return named_model(self.model, f"{self.id}: model")
 
     def check(self, task: Task) -> None:
         """The task is one of images, or of graphs of which an attack is simulated; target, patch and victims fit it."""
@@ -398,7 +375,8 @@ class AuditBackdoor(Step):
                 return begun_anew(job.fresh_model())
             name, fields = self._named()
             network = build_model(name, job.task, **fields)
-        return fitting(network, job.task, "model") if "images" in job.capabilities else network
+        check_answer(network, job.task, "model")
+        return network
 
     def _condensed(self, job: Job, where: Literal["clean", "attacked"]) -> Condensed:
         """A set condensed from the task's own training images, while it is attacked or not, with one seed for both."""
@@ -423,7 +401,7 @@ class AuditBackdoor(Step):
                     seed,
                 )
                 kind.callbacks = (attack,)
-            found = kind.make(child, real, condense.chosen_device()).stored()
+            found = kind.make(child, real, device_named(condense.device)).stored()
             if where == "attacked":
                 said = dict(attack.provenance)
             return {**found, "said": said}
@@ -501,9 +479,7 @@ class AuditBackdoor(Step):
 
     @property
     def _device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_named(self.device)
 
     def _placed(self, images: Sequence[Tensor]) -> Images:
         return Images(*(part.to(self._device) for part in images))

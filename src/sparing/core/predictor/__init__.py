@@ -5,7 +5,7 @@ Importing this imports neither torch nor onnxruntime; a predictor imports what r
 
 from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.folder import Manifest, load, nest, unnest
-from sparing.core.predictor.module import ModelSpec, ModulePredictor, build_model, outline, spec_of
+from sparing.core.predictor.module import ModelSpec, ModulePredictor, build_model, named_model, outline, spec_of
 from sparing.core.predictor.onnx import OnnxPredictor, to_onnx
 from sparing.core.predictor.preprocessing import Operation, Preprocessing
 
@@ -21,6 +21,7 @@ __all__ = [
     "Preprocessing",
     "build_model",
     "load",
+    "named_model",
     "nest",
     "outline",
     "spec_of",

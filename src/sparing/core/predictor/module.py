@@ -15,7 +15,7 @@ import numpy as np
 
 from sparing.core import files as storage
 from sparing.core import registry
-from sparing.core.errors import CorruptFile, InvalidValue, SparingError, UntrustedCode, did_you_mean
+from sparing.core.errors import CorruptFile, InvalidValue, SparingError, UnknownName, UntrustedCode, did_you_mean
 from sparing.core.predictor.base import Context, Description, Predictor
 from sparing.core.predictor.tree import map_leaves, to_numpy
 
@@ -73,6 +73,27 @@ def build_model(
         raise InvalidValue(f"the builder {name!r} made a {type(model).__name__}; a torch.nn.Module is needed")
     model._sparing_spec = ModelSpec(name, config)  # type: ignore[assignment]  # a plain attribute: deepcopy keeps it
     return model
+
+
+def named_model(given: str | Mapping[str, Any], field: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """(name, fields) of a model as a step's field names one: a registered name, or {name: …, field: value}.
+
+    Raises :class:`InvalidValue`, which says ``field``, for another form, or for a name that is neither registered, nor
+    ``"package.module:Class"``, nor one of ``also``.
+    """
+    fields = dict(given) if isinstance(given, Mapping) else {}
+    name = fields.pop("name", None) if isinstance(given, Mapping) else given
+    if not isinstance(name, str):
+        missing = ": the key 'name' is needed" if isinstance(given, Mapping) else ""
+        raise InvalidValue(
+            f"{field} = {given!r}; a registered model's name or {{name: …, field: value}} is expected{missing}"
+        )
+    if ":" not in name and name not in also and name not in registry.parts("models"):
+        try:
+            registry.resolve("models", name)
+        except UnknownName as error:
+            raise UnknownName(f"{field} = {given!r}: {error}") from None
+    return name, fields
 
 
 def spec_of(model: nn.Module) -> ModelSpec | None:

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 
 def _takes_weights(model: Any) -> bool:
-    """Whether a network has an argument for the weights of edges; a teacher's is that of the network it wraps."""
-    from sparing.distillation.logits import Teacher
-
-    inner = model.model if isinstance(model, Teacher) else model
-    return "edge_weight" in inspect.signature(getattr(inner, "forward", inner)).parameters
+    """Whether a network, or the one it wraps, has an argument for the weights of edges."""
+    called = getattr(model, "__wrapped__", getattr(model, "forward", model))
+    return "edge_weight" in inspect.signature(called).parameters
 
 
 class NodeClassification(Task):

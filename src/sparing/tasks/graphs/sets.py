@@ -14,7 +14,7 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import CLASSIFICATION_METRICS, evaluate_classification, macro_f1, roc_auc
 from sparing.core.task import Evaluation, Metric, Splits, Task
 from sparing.data.images import stratified_cut
-from sparing.data.root import data_root
+from sparing.data.root import data_root, own_data
 from sparing.data.tu import TU_SETS, Features, TuGraphs, check_features, pack_tu, read_published, read_tu, tu_split
 
 if TYPE_CHECKING:
@@ -198,7 +198,11 @@ class GraphClassification(Task):
 
 
 class _Published(GraphClassification):
-    """A published set, its nodes' labels as zeros and a one."""
+    """A published set, its nodes' labels as zeros and a one. Classes and features are those of :data:`TU_SETS`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.labels, cls.in_features = TU_SETS[cls.name].labels, TU_SETS[cls.name].features
 
     def read(self, root: Path | None) -> PackedGraphs:
         """All graphs, in the order of their file."""
@@ -213,8 +217,6 @@ class Mutag(_Published):
     """
 
     name = "mutag"
-    labels = TU_SETS["mutag"].labels
-    in_features = TU_SETS["mutag"].features
     example_nodes, example_edges = 18, 40
 
 
@@ -226,8 +228,6 @@ class NCI1(_Published):
     """
 
     name = "nci1"
-    labels = TU_SETS["nci1"].labels
-    in_features = TU_SETS["nci1"].features
     example_nodes, example_edges = 30, 64
 
 
@@ -239,8 +239,6 @@ class Proteins(_Published):
     """
 
     name = "proteins"
-    labels = TU_SETS["proteins"].labels
-    in_features = TU_SETS["proteins"].features
     example_nodes, example_edges = 39, 146
 
 
@@ -252,8 +250,6 @@ class DD(_Published):
     """
 
     name = "dd"
-    labels = TU_SETS["dd"].labels
-    in_features = TU_SETS["dd"].features
     example_nodes, example_edges = 284, 1432
 
 
@@ -304,21 +300,11 @@ class TuFolder(GraphClassification):
         self._files: TuGraphs | None = None
         self._packed: PackedGraphs | None = None
 
-    def _located(self) -> Path:
-        given = Path(self.path).expanduser()
-        places = [given] if given.is_absolute() else [given, data_root(self._root) / given]
-        for place in places:
-            if place.exists():
-                return place
-        raise DataError(
-            f"tu_folder: path = {self.path!r}: neither {' nor '.join(str(place) for place in places)} exists; a "
-            "folder with TU's text files, or an npz, is expected"
-        )
-
     def _graphs(self) -> TuGraphs:
         """What the files hold; read once."""
         if self._files is None:
-            files = read_tu(self._located())
+            expected = "a folder with TU's text files, or an npz,"
+            files = read_tu(own_data("tu_folder", self.path, data_root(self._root), expected))
             if len(files.classes) < 2 or (self.one_logit and len(files.classes) != 2):
                 wanted = "two, which one logit tells apart," if self.one_logit else "at least two"
                 raise DataError(f"{files.where}: {len(files.classes)} classes; {wanted} are expected")

@@ -13,7 +13,7 @@ from sparing.core.task import Splits
 from sparing.data.folders import ImageTree, read_image_tree
 from sparing.data.images import ArrayImages, ImageSource, LabelledImages, stratified_cut
 from sparing.data.preprocessing import CentreCrop, ChannelsFirst, Decode, Normalise, ResizeShorter, ToFloat
-from sparing.data.root import data_root
+from sparing.data.root import data_root, own_data
 from sparing.tasks.images.classification import ImageClassification
 
 SAMPLE = 2000
@@ -77,22 +77,12 @@ class ImageFolder(ImageClassification):
         self._source: ImageSource | None = None
         self._normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-    def _located(self) -> Path:
-        given = Path(self.path).expanduser()
-        places = [given] if given.is_absolute() else [given, data_root(self._root) / given]
-        for place in places:
-            if place.exists():
-                return place
-        raise DataError(
-            f"image_folder: path = {self.path!r}: neither {' nor '.join(str(place) for place in places)} exists; a "
-            "folder or zip file with one sub-folder of images for each class is expected"
-        )
-
     @property
     def tree(self) -> ImageTree:
         """The images found, by class and split; listed once."""
         if self._tree is None:
-            tree = read_image_tree(self._located())
+            expected = "a folder or zip file with one sub-folder of images for each class"
+            tree = read_image_tree(own_data("image_folder", self.path, data_root(self._root), expected))
             self._parts = self._cut(tree)
             self._tree = tree
         return self._tree

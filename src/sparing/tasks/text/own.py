@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.core.errors import DataError, InvalidValue
-from sparing.data.root import data_root
+from sparing.data.root import data_root, own_data
 from sparing.data.text import Labelled, read_labelled, read_table
 from sparing.tasks.text.base import PIECES
 from sparing.tasks.text.classification import ClassifiedTexts, cut_shares
@@ -62,14 +62,8 @@ class TextFile(ClassifiedTexts):
         self._parts: dict[Path, tuple[tuple[str, ...], dict[str, Labelled]]] = {}
 
     def _files(self, root: Path) -> dict[str, Path]:
-        given = Path(self.path).expanduser()
-        places = [given] if given.is_absolute() else [given, root / given]
-        place = next((place for place in places if place.exists()), None)
-        if place is None:
-            raise DataError(
-                f"text_file: path = {self.path!r}: neither {' nor '.join(str(place) for place in places)} exists; a "
-                "TSV or CSV file with a column of texts and one of labels, or a folder with such files, is expected"
-            )
+        expected = "a TSV or CSV file with a column of texts and one of labels, or a folder with such files,"
+        place = own_data("text_file", self.path, root, expected)
         if place.is_file():
             return {"train": place}
         files: dict[str, Path] = {}
