@@ -643,6 +643,26 @@ def share(findings: list[dict[str, Any]], verdict: str) -> tuple[int, int, tuple
     return hits, len(findings), share_interval(hits, len(findings))
 
 
+def verdicts(defence: str, statement: str, groups: dict[str, list[dict[str, Any]]], verdict: str, **more: Any) -> Claim:
+    """How often a defence says something of what NAIVEATTACK has touched; ``more``: further fields of the claim."""
+    hits, n, interval = share(groups["naive"], verdict)
+    asked = [one for name in GATES for one in to_examine(name, defence) if kept_finding(*one).is_file()]
+    more["details"]["seconds"] = float(np.mean([one["seconds"] for found in groups.values() for one in found]))
+    return Claim(
+        id=f"defence_{defence}",
+        statement=statement,
+        source=ISSUE,
+        figure=hits / n,
+        unit=f"of {n} sets or networks: {verdict}",
+        comparison=">=",
+        threshold=0.5,
+        gate=False,
+        interval95=interval,
+        seeds=sorted({seed for _, seed, *_ in asked}),
+        **more,
+    )
+
+
 def detection(defence: str) -> Claim:
     """True positives on both attacks beside false ones."""
     groups = {name: seen(name, defence) for name in GATES}
@@ -674,19 +694,11 @@ def detection(defence: str) -> Claim:
         details["classes, real images"] = {name: [one["suspects"] for one in found] for name, found in on_real.items()}
     details["scores"] = {name: [one["score"] for one in found] for name, found in groups.items()}
     details["classes"] = {name: [one["suspects"] for one in found] for name, found in groups.items()}
-    details["seconds"] = float(np.mean([one["seconds"] for found in groups.values() for one in found]))
-    hits, n, interval = counts["naive"]
-    return Claim(
-        id=f"defence_{defence}",
-        statement=f"{defence} sees most of NAIVEATTACK's sets or networks, and raises few false alarms",
-        source=ISSUE,
-        figure=hits / n,
-        unit=f"of {n} seen",
-        comparison=">=",
-        threshold=0.5,
-        gate=False,
-        interval95=interval,
-        seeds=list(range(n)),
+    return verdicts(
+        defence,
+        f"{defence} sees most of NAIVEATTACK's sets or networks, and raises few false alarms",
+        groups,
+        "evidence",
         baselines=baselines,
         also=[("false alarms", counts["clean"][0] / counts["clean"][1], "<=", 0.1)],
         details=details,
@@ -722,28 +734,16 @@ def repair(defence: str) -> Claim:
             {"name": f"{what}, {label}", "figure": value}
             for label, value in zip(labels, tables[name][best], strict=True)
         ]
-    hits, n, interval = share(groups["naive"], "mitigated")
-    other = share(groups["unclipped"], "mitigated")
-    low, high = other[2]
-    return Claim(
-        id=f"defence_{defence}",
-        statement=f"{defence} takes half of NAIVEATTACK's success for at most 4 points of clean accuracy",
-        source=ISSUE,
-        figure=hits / n,
-        unit=f"of {n} networks",
-        comparison=">=",
-        threshold=0.5,
-        gate=False,
-        interval95=interval,
-        seeds=list(range(n)),
-        baselines=[
-            {"name": f"unclipped DOORPING (95 %: {low:.2f} … {high:.2f})", "figure": other[0] / other[1]},
-            *baselines,
-        ],
+    hits, n, (low, high) = share(groups["unclipped"], "mitigated")
+    return verdicts(
+        defence,
+        f"{defence} takes half of NAIVEATTACK's success for at most 4 points of clean accuracy",
+        groups,
+        "mitigated",
+        baselines=[{"name": f"unclipped DOORPING (95 %: {low:.2f} … {high:.2f})", "figure": hits / n}, *baselines],
         details={
             "attack success before, after, clean accuracy before, after": tables,
             "verdicts": {name: [one["verdict"] for one in found] for name, found in groups.items()},
-            "seconds": float(np.mean([one["seconds"] for found in groups.values() for one in found])),
         },
     )
 

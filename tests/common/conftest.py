@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import lightning.pytorch  # noqa: F401 - loaded before the session begins, so that no collection of garbage looks at it
 import pytest
 
 from sparing.core import clock

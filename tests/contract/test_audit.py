@@ -149,7 +149,7 @@ def test_nested_steps_are_planned_as_a_sequence_of_their_own(tmp_path):
     with pytest.raises(RecipeError) as caught:
         go(Points(), BackdoorExposure(condense=NeedsCondensed()), NeedsCondensed(id="outside"))(tmp_path / "outside")
     first, second, *rest = caught.value.problems
-    assert "steps[0] backdoor_exposure.condense: 'needs_condensed' needs 'condensed'" in first
+    assert "steps[0] 'backdoor_exposure'.condense: 'needs_condensed' needs 'condensed'" in first
     assert "needs 'trained'" in second
     assert all("'outside' needs" in problem for problem in rest)  # the inside gives the outside nothing
     assert len(rest) == 2

@@ -267,10 +267,11 @@ def _check_sequence(steps: Sequence[tuple[str, Step]], stand: _Standing, problem
         try:
             step.check(stand.task)
         except SparingError as error:
-            problems.append(f"{place}: {step.id!r}: {error}")
+            said = str(error)  # most name the step themselves
+            problems.append(f"{place}: {said if said.startswith(repr(step.id)) else f'{step.id!r}: {said}'}")
         # steps held by a step run inside it, on a fork of the job and into a ledger of their own; what they promise is
         # the affair of the step that holds them
-        inner = [(f"{place} {step.name}.{name}", nested) for name, nested in step.nested().items()]
+        inner = [(f"{place} {step.id!r}.{name}", nested) for name, nested in step.nested().items()]
         _check_sequence(inner, stand.copy(), problems)
         if target := step.target_task():
             if problem := _same_name(stand.task, target):
