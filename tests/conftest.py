@@ -40,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--shapes"):
-        from jaxtyping import install_import_hook
+        import shapes
 
-        install_import_hook("sparing", "shapes.checked")
+        shapes.install()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,12 +77,15 @@ class ImageFolder(ImageClassification):
         self._source: ImageSource | None = None
         self._normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
+    def _located(self) -> Path:
+        expected = "a folder or zip file with one sub-folder of images for each class"
+        return own_data("image_folder", self.path, data_root(self._root), expected)
+
     @property
     def tree(self) -> ImageTree:
         """The images found, by class and split; listed once."""
         if self._tree is None:
-            expected = "a folder or zip file with one sub-folder of images for each class"
-            tree = read_image_tree(own_data("image_folder", self.path, data_root(self._root), expected))
+            tree = read_image_tree(self._located())
             self._parts = self._cut(tree)
             self._tree = tree
         return self._tree
