@@ -102,7 +102,7 @@ class Attack:
 
     def made_like(self, other: Attack) -> bool:
         """Whether the condensers are the same."""
-        return (self.condenser, self.lr_img) == (other.condenser, other.lr_img)
+        return (self.condenser, self.lr_img, self.iterations) == (other.condenser, other.lr_img, other.iterations)
 
 
 CLEAN, NAIVE, UNCLIPPED = Attack("clean"), Attack("static"), Attack("doorping", clip=None)
@@ -110,6 +110,7 @@ SLOW: dict[str, Any] = {"lr_img": 0.1, "alpha": 10.0, "iterations": 20}
 """The sheet's settings: the published learning rate of the images, which hardly move in so few iterations, and the
 published target of the trigger's units, which many an update finds reached from the start."""
 MIDDLE: dict[str, Any] = {"lr_img": 0.3, "iterations": 10}
+LONG: dict[str, Any] = {"iterations": 25}
 CODE: dict[str, Any] = {"skip_dead": False, "steps": 300, "alpha": 10.0}
 ATTACKS: dict[str, Attack] = {
     "clean": CLEAN,
@@ -121,6 +122,9 @@ ATTACKS: dict[str, Attack] = {
     "clean_middle": replace(CLEAN, **MIDDLE),
     "naive_middle": replace(NAIVE, **MIDDLE),
     "unclipped_middle": replace(UNCLIPPED, **MIDDLE),
+    "clean_long": replace(CLEAN, **LONG),
+    "naive_long": replace(NAIVE, **LONG),
+    "unclipped_3": replace(UNCLIPPED, portion=0.03, topk=10),
     # valid pixels: under the clamp, a larger patch, a longer schedule, more units; a white patch as large beside them
     "clipped": Attack("doorping"),
     "clipped_8x8": Attack("doorping", size=8),
@@ -128,7 +132,7 @@ ATTACKS: dict[str, Attack] = {
     "clipped_slow": Attack("doorping", **SLOW),
     "clipped_8x8_slow": Attack("doorping", size=8, **SLOW),
     "naive_8x8_slow": replace(NAIVE, size=8, **SLOW),
-    "clipped_8x8_long": Attack("doorping", size=8, iterations=30),
+    "clipped_8x8_long": Attack("doorping", size=8, **LONG),
     "clipped_10_units": Attack("doorping", topk=10),
     # the sheet's table
     "naive_2x2_1": replace(NAIVE, size=2, portion=0.01),
@@ -149,11 +153,19 @@ ATTACKS: dict[str, Attack] = {
     "dd_naive": replace(NAIVE, condenser="dd", iterations=10),
     "dd_unclipped": replace(UNCLIPPED, condenser="dd", iterations=10),
 }
-GATES = ("clean", "naive", "unclipped")
+EXAMINED = ("clean", "naive", "unclipped")
+"""What the defences are asked about."""
+JUDGED: dict[str, tuple[str, float, tuple[str, ...]]] = {
+    "doorping_unclipped": ("unclipped_3", 0.9, ("unclipped", "unclipped_4x4_5", "unclipped_4x4_1", "unclipped_slow")),
+    "naive": ("naive_long", 0.35, ("naive", "naive_slow", "naive_middle")),
+}
+"""Claim → the attack it is about, its bar, and the same attack with other settings."""
 VALID = tuple(name for name in ATTACKS if (name.startswith("clipped") and "code" not in name) or "8x8" in name)
-RATES = tuple(f"{name}_{rate}" for rate in ("slow", "middle") for name in GATES)
+RATES = tuple(f"{name}_{rate}" for rate in ("slow", "middle") for name in EXAMINED)
 """The same with smaller learning rates of the images."""
-TABLE = tuple(name for name, one in ATTACKS.items() if name not in (*GATES, *VALID, *RATES) and one.condenser == "dc")
+TABLE = tuple(
+    name for name, one in ATTACKS.items() if name not in (*EXAMINED, *VALID, *RATES) and one.condenser == "dc"
+)
 OTHERS = tuple(name for name, one in ATTACKS.items() if one.condenser != "dc")
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "blocknet": lambda: BlockNet(1, 10, 28, width=16, norm="none", hidden=192),
@@ -274,10 +286,15 @@ def save_network(target: Path, model: nn.Module) -> None:
     files.write_arrays(target, state)
 
 
+def victim_file(name: str, seed: int, number: int, kind: str) -> Path:
+    """Where a victim's weights are kept."""
+    return where(name, seed) / f"victim{number}{'' if kind == 'blocknet' else '-' + kind.replace(' ', '-')}.npz"
+
+
 @functools.cache
 def victim(name: str, seed: int, number: int = 0, kind: str = "blocknet") -> nn.Module:
     """A network trained on a set; number i begins with the same weights whatever the set of its seed."""
-    target = where(name, seed) / f"victim{number}{'' if kind == 'blocknet' else '-' + kind.replace(' ', '-')}.npz"
+    target = victim_file(name, seed, number, kind)
     shown = condensed(name, seed).images
     with isolated_rng("victims of condensed sets", kind, seed, number):
         model = network(kind)
@@ -301,16 +318,16 @@ def done(name: str) -> list[int]:
 
 
 @functools.cache
-def on_clean(name: str, seed: int, number: int) -> Tensor:
+def on_clean(name: str, seed: int, number: int, kind: str = "blocknet") -> Tensor:
     """A victim's logits of the test images."""
-    return predict(victim(name, seed, number), data()[2].x)
+    return predict(victim(name, seed, number, kind), data()[2].x)
 
 
-def rates(name: str, seed: int, number: int, trigger: PatchTrigger) -> BackdoorRates:
+def rates(name: str, seed: int, number: int, trigger: PatchTrigger, kind: str = "blocknet") -> BackdoorRates:
     """A victim's on the test images, without and with the trigger."""
     x, y = data()[2]
-    triggered = predict(victim(name, seed, number), trigger.apply(x))
-    return backdoor_rates(on_clean(name, seed, number), triggered, y, TARGET)
+    triggered = predict(victim(name, seed, number, kind), trigger.apply(x))
+    return backdoor_rates(on_clean(name, seed, number, kind), triggered, y, TARGET)
 
 
 def cta(name: str, seed: int) -> float:
@@ -410,18 +427,23 @@ def seen(name: str, defence: str, real: bool = False) -> list[dict[str, Any]]:
 def train_all() -> None:
     """All pieces, the gates' first; what is made already is left alone."""
     print(work(), flush=True)
+    judged = [name for name, _, _ in JUDGED.values()]
     for seed in SEEDS:
-        for name in GATES:
+        for name in (*EXAMINED, "clean_long", *judged):
             for number in range(VICTIMS):
                 victim(name, seed, number)
     for name in (*VALID[:3], *OTHERS[:3]):
         victim(name, SEEDS[0])
     slow = ("neural_cleanse", "unit_stimulation", "unit_stimulation_weighted", "patch_scan")
     for defence in sorted(DEFENCES, key=lambda name: name in slow):
-        for name in GATES:
+        for name in EXAMINED:
             for real in (False, True):
                 for one in to_examine(name, defence, real):
                     examine(*one)
+    for seed in SEEDS[:3]:
+        for kind in KINDS:
+            for name in judged:
+                victim(name, seed, 0, kind)
     for seed in SEEDS:
         for name in (*VALID, *OTHERS, *TABLE, *RATES):
             victim(name, seed)
@@ -549,7 +571,6 @@ def described(name: str) -> str:
 
 def measure_gates() -> list[Claim]:
     """The three claims that the issue sets."""
-    reaches = {"doorping_unclipped": ("unclipped", "unclipped_slow", 0.9), "naive": ("naive_slow", "naive", 0.35)}
     claims = [
         Claim(
             id=claim,
@@ -561,35 +582,46 @@ def measure_gates() -> list[Claim]:
             threshold=reach,
             interval95=spread(name),
             seeds=[one["seed"] for one in measured(name)],
-            baselines=[*beside(name), {"name": described(other), "figure": over_seeds(other, "asr")}],
+            baselines=[
+                *beside(name),
+                *(
+                    {"name": described(other), "figure": over_seeds(other, "asr")}
+                    for other in others
+                    if measured(other)
+                ),
+            ],
             details=about_attack(name),
         )
-        for claim, (name, other, reach) in reaches.items()
+        for claim, (name, reach, others) in JUDGED.items()
     ]
-    judged = [name for name in ("naive", "unclipped", "clipped", *TABLE, *RATES) if measured(name)]
-    lost = {name: over_seeds(name, "points of cta lost") for name in judged}
-    enough = [name for name in judged if len(measured(name)) >= 5]
-    worst = max(enough, key=lambda name: lost[name])
-    seeds = [one["seed"] for one in measured(worst)]
+    judged = [name for name, _, _ in JUDGED.values()]
+    known = [name for name, one in ATTACKS.items() if one.kind != "clean" and measured(name)]
+    lost = {name: over_seeds(name, "points of cta lost") for name in known}
+    worst = max(judged, key=lambda name: lost[name])
     return [
         *claims,
         Claim(
             id="clean_accuracy",
-            statement="attacked sets teach clean images as well as the clean set does; the worst attack",
+            statement="these two attacks leave clean accuracy as it is on the clean set; the worse of them",
             source=ISSUE,
             figure=lost[worst],
             unit=f"points of clean accuracy lost, mean over seeds; {described(worst)}",
             comparison="<=",
             threshold=3.0,
             interval95=spread(worst, "points of cta lost"),
-            seeds=seeds,
-            baselines=[{"name": described(name), "figure": value} for name, value in lost.items() if name != worst],
+            seeds=[one["seed"] for one in measured(worst)],
+            baselines=[
+                {"name": f"{described(name)} (n = {len(measured(name))})", "figure": value}
+                for name, value in lost.items()
+                if name != worst
+            ],
             details={
-                "clean accuracy of clean sets": {str(seed): cta("clean", seed) for seed in done("clean")},
-                "most lost by a single set": max(
-                    one["points of cta lost"] for name in judged for one in measured(name)
-                ),
-                "points lost by seed": {name: [one["points of cta lost"] for one in measured(name)] for name in judged},
+                "clean accuracy of clean sets": {
+                    name: {str(seed): cta(clean, seed) for seed in done(clean)}
+                    for name, clean in ((name, without_attack(name)) for name in judged)
+                },
+                "most lost by a single set": max(one["points of cta lost"] for name in known for one in measured(name)),
+                "points lost by seed": {name: [one["points of cta lost"] for one in measured(name)] for name in known},
             },
         ),
     ]
@@ -613,7 +645,7 @@ def measure_attacks() -> list[Claim]:
             details=about_attack(name),
         )
         for name in ATTACKS
-        if name not in ("unclipped", "naive_slow") and measured(name)
+        if name not in [judged for judged, _, _ in JUDGED.values()] and measured(name)
     ]
     tried = [name for name, one in ATTACKS.items() if one.kind == "doorping" and one.clip and measured(name)]
     if tried:
@@ -634,7 +666,41 @@ def measure_attacks() -> list[Claim]:
                 details={"each attack": "its own claim, attack_…"},
             )
         )
-    return claims
+    elsewhere = other_victims()
+    return [*claims, elsewhere] if elsewhere else claims
+
+
+def other_victims() -> Claim | None:
+    """The two attacks that the gates are about on networks of other kinds than the condenser's."""
+    found: dict[tuple[str, str], list[tuple[int, BackdoorRates]]] = {}
+    for name, _, _ in JUDGED.values():
+        for kind in list(KINDS)[1:]:
+            for seed in done(name):
+                trigger = condensed(name, seed).trigger
+                if trigger is not None and victim_file(name, seed, 0, kind).is_file():
+                    found.setdefault((name, kind), []).append((seed, rates(name, seed, 0, trigger, kind)))
+    if not found:
+        return None
+
+    def mean(rows: list[tuple[int, BackdoorRates]], which: str) -> float:
+        return float(np.mean([getattr(one, which).value for _, one in rows]))
+
+    return Claim(
+        id="other_victims",
+        statement="both attacks carry over to victims of other architectures",
+        source=SHEET,
+        figure=min(mean(rows, "asr") for rows in found.values()),
+        unit=f"{UNIT}; least of the attacks and architectures",
+        comparison=">=",
+        threshold=0.35,
+        gate=False,
+        seeds=sorted({seed for rows in found.values() for seed, _ in rows}),
+        baselines=[
+            {"name": f"{described(name)}; {kind}, {label} (n = {len(rows)})", "figure": mean(rows, which)}
+            for (name, kind), rows in found.items()
+            for label, which in (("attack success", "asr"), ("clean accuracy", "cta"))
+        ],
+    )
 
 
 def share(findings: list[dict[str, Any]], verdict: str) -> tuple[int, int, tuple[float, float]]:
@@ -646,7 +712,7 @@ def share(findings: list[dict[str, Any]], verdict: str) -> tuple[int, int, tuple
 def verdicts(defence: str, statement: str, groups: dict[str, list[dict[str, Any]]], verdict: str, **more: Any) -> Claim:
     """How often a defence says something of what NAIVEATTACK has touched; ``more``: further fields of the claim."""
     hits, n, interval = share(groups["naive"], verdict)
-    asked = [one for name in GATES for one in to_examine(name, defence) if kept_finding(*one).is_file()]
+    asked = [one for name in EXAMINED for one in to_examine(name, defence) if kept_finding(*one).is_file()]
     more["details"]["seconds"] = float(np.mean([one["seconds"] for found in groups.values() for one in found]))
     return Claim(
         id=f"defence_{defence}",
@@ -665,7 +731,7 @@ def verdicts(defence: str, statement: str, groups: dict[str, list[dict[str, Any]
 
 def detection(defence: str) -> Claim:
     """True positives on both attacks beside false ones."""
-    groups = {name: seen(name, defence) for name in GATES}
+    groups = {name: seen(name, defence) for name in EXAMINED}
     counts = {name: share(found, "evidence") for name, found in groups.items()}
     silent = {name: share(found, "not applicable")[0] for name, found in groups.items()}
     baselines = [
@@ -685,7 +751,7 @@ def detection(defence: str) -> Claim:
             {"name": f"not applicable, {name}", "figure": n / len(groups[name])} for name, n in silent.items()
         ]
     details: dict[str, Any] = {"evidence of all, by group": {name: found[:2] for name, found in counts.items()}}
-    on_real = {name: seen(name, defence, real=True) for name in GATES}
+    on_real = {name: seen(name, defence, real=True) for name in EXAMINED}
     if all(on_real.values()):
         baselines += [
             {"name": f"{label} real images", "figure": share(on_real[name], "evidence")[0] / len(on_real[name])}
@@ -707,7 +773,7 @@ def detection(defence: str) -> Claim:
 
 def repair(defence: str) -> Claim:
     """Attack success and clean accuracy before and after."""
-    groups = {name: seen(name, defence) for name in GATES}
+    groups = {name: seen(name, defence) for name in EXAMINED}
 
     def figures(name: str) -> dict[str, tuple[float, ...]]:
         """Name of the change → mean (attack success before, after, clean accuracy before, after)."""
@@ -722,11 +788,11 @@ def repair(defence: str) -> Claim:
                 rows.setdefault(defence, []).append((*asr, one["cta_before"], one["cta_after"]))
         return {change: tuple(np.mean(found, axis=0).tolist()) for change, found in rows.items()}
 
-    tables = {name: figures(name) for name in GATES}
+    tables = {name: figures(name) for name in EXAMINED}
     allowed = 0.04
     labels = ("attack success before", "after", "clean accuracy before", "after")
     baselines = []
-    for name in GATES[1:]:
+    for name in EXAMINED[1:]:
         kept = [change for change, (_, _, before, after) in tables[name].items() if before - after <= allowed]
         best = min(kept or tables[name], key=lambda change: tables[name][change][1])
         what = name if best == defence else f"{name}, {best}"
@@ -751,7 +817,7 @@ def repair(defence: str) -> Claim:
 def measure_defences() -> list[Claim]:
     """Every defence on ten networks or sets of either attack and ten clean ones."""
     repairs = FinePruning | AttentionDistillation | InputTransforms
-    asked = {name: one for name, one in DEFENCES.items() if all(seen(group, name) for group in GATES)}
+    asked = {name: one for name, one in DEFENCES.items() if all(seen(group, name) for group in EXAMINED)}
     return [repair(name) if isinstance(one, repairs) else detection(name) for name, one in asked.items()]
 
 
