@@ -369,7 +369,7 @@ def small_graphs(name: str, count: int, claim: str, statement: str, gate: bool, 
     )
 
 
-COUNTS = {"NCI1": (1, 10, 50), "PROTEINS": (1, 10, 50), "DD": (1, 10, 50)}
+COUNTS = {"NCI1": (1, 10, 50, 200), "PROTEINS": (1, 10, 50, 200), "DD": (1, 10, 50)}
 
 
 def measure_sizes() -> Claim | None:

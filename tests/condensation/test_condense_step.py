@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 import sparing
+from guarded_graph import Guarded
 from sparing.condensation.saved import save_condensed
 from sparing.condensation.unrolled import LearnedSteps
 from sparing.core.errors import (
@@ -33,7 +34,6 @@ from sparing.core.pipeline import advance, begin
 from sparing.core.predictor import build_model
 from sparing.core.recipe import parse_recipe
 from sparing.core.store import Store
-from sparing.core.task import Splits
 from sparing.data.graphs import PackedGraphs, graph_data
 from sparing.data.nodes import NodeSet, join_nodes
 from sparing.testing import QUICK, TinyGraph, TinyGraphs, survives_kills, tiny_task
@@ -282,28 +282,6 @@ def test_a_foreign_folder_cannot_name_any_code_or_size_as_its_network(tmp_path):
 
 
 # --- nodes
-
-
-class Untouchable(NodeSet):
-    """A split whose labels must not be looked at."""
-
-    def __init__(self, real: NodeSet) -> None:
-        self.x, self.edge_index, self.nodes, self.edge_weight = real.x, real.edge_index, real.nodes, None
-
-    @property
-    def labels(self):
-        raise AssertionError("a label of the test split was looked at")
-
-    def fingerprint(self) -> str:
-        return "untouchable"
-
-
-class Guarded(TinyGraph):
-    """Whose test labels are not to be had."""
-
-    def splits(self, root: Path | None = None) -> Splits:
-        splits = super().splits(root)
-        return dataclasses.replace(splits, test=Untouchable(splits.test))
 
 
 def test_light_edges_are_cut_where_validation_nodes_say_and_no_test_label_is_seen(monkeypatch):
