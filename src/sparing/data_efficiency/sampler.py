@@ -218,7 +218,7 @@ class CurriculumSampler:
         """The position after ``consumed`` micro batches, as plain values, whose number does not depend on N.
 
         Args:
-            consumed: how many the loop has consumed since the training's beginning. None: all that were yielded, too many
+            consumed: how many the loop has consumed since the beginning. None: all that were yielded, too many
                 when a loader fetches ahead.
 
         Raises:

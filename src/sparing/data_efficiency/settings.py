@@ -21,6 +21,8 @@ def required(config: Mapping[str, Any], name: str, where: str) -> Any:
 
 def known_keys(config: Mapping[str, Any], names: Sequence[str], where: str) -> None:
     """Raise :class:`InvalidValue` for a key that is none of ``names``."""
+    if not isinstance(config, Mapping):
+        raise InvalidValue(f"{where} is {shown(config)}; a mapping of {', '.join(names)} is expected")
     for key in config:
         if key not in names:
             raise InvalidValue(f"{where} has no {key!r}.{did_you_mean(str(key), names)} Known: {', '.join(names)}")

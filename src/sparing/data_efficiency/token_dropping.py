@@ -70,9 +70,9 @@ def keep_mask(
     """The mask of the kept tokens.
 
     A mask whose last two axes are queries and keys, (B or 1, T, T) or (B or 1, heads or 1, T or 1, T), is gathered on
-    each axis of size T by each sample's own indices, so that padding and windows stay right. A mask (T, T) of a decoder, the
-    same for all samples, is cut to [:r, :r]: for a causal one that is the same, because the indices grow. A mask (B, T)
-    of an encoder says which keys are padding.
+    each axis of size T by each sample's own indices, so that padding and windows stay right. A mask (T, T) of a decoder,
+    which all samples share, is cut to [:r, :r]: of a causal one that is the same, as the indices grow. A mask (B, T) of
+    an encoder says which keys are padding.
 
     Args:
         mask: of any type.
@@ -97,7 +97,7 @@ def keep_mask(
     if not fits:
         raise InvalidValue(
             f"a mask {tuple(mask.shape)} with {batch} samples of {length} tokens and kind = {kind!r}; (T, T) for a "
-            "decoder, (B, T) for an encoder, (B, T, T) or (B, heads, T, T) is expected, where axes but the last may be 1"
+            "decoder, (B, T) for an encoder, (B, T, T) or (B, heads, T, T) is expected; axes but the last may be 1"
         )
     mask = mask.expand(batch, *mask.shape[1:])
     for axis in (-2, -1):
