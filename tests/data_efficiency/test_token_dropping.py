@@ -266,6 +266,15 @@ def test_the_encoder_layers_of_torch_in_both_layouts(first):
         torch.testing.assert_close(one[1, :6], other[1, :6])
 
 
+def test_an_encoder_that_could_have_a_mask_and_has_none_is_told_once():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).train()
+    with drop_tokens(model, fixed(3), kind="encoder"):
+        with pytest.warns(UserWarning, match="given no src_mask or src_key_padding_mask: padding") as told:
+            [model(torch.randn(2, 5, 8)) for _ in range(2)]
+        assert len(told) == 1
+
+
 # --- draws and steps
 
 

@@ -217,9 +217,9 @@ class VocabularyRarity(DifficultyMetric):
     def values(self, batch: Any) -> Integer[np.ndarray, " b"]:
         """Rarities (B,)."""
         tokens, real = self.fields.tokens_of(batch), self.fields.real_of(batch)
-        in_vocabulary(tokens if real is None else tokens[real], self.vocab_size)
-        if real is not None:
-            tokens = np.where(real, tokens, 0)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() <= self.vocab_size:
+            in_vocabulary(tokens if real is None else tokens[real], self.vocab_size)  # padding may be any number
+            tokens = tokens if real is None else np.where(real, tokens, 0)
         terms = self._surprisal()[tokens]
         return (terms.sum(1) if real is None else np.where(real, terms, 0.0).sum(1)).astype(np.int64)
 

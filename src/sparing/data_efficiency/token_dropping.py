@@ -16,6 +16,7 @@ Layers are hooked, not wrapped: the model's names and weights stay as they are.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self, get_args
@@ -70,9 +71,9 @@ def keep_mask(
     """The mask of the kept tokens.
 
     A mask whose last two axes are queries and keys, (B or 1, T, T) or (B or 1, heads or 1, T or 1, T), is gathered on
-    each axis of size T by each sample's own indices, so that padding and windows stay right. A mask (T, T) of a decoder,
-    which all samples share, is cut to [:r, :r]: of a causal one that is the same, as the indices grow. A mask (B, T) of
-    an encoder says which keys are padding.
+    each axis of size T by each sample's own indices, so that padding and windows stay right. Of a decoder's mask (T, T),
+    which all samples share, [:r, :r] is left: of a causal one that is the same, as the indices grow. A mask (B, T) of an
+    encoder says which keys are padding.
 
     Args:
         mask: of any type.
@@ -168,7 +169,7 @@ class TokenDropping:
         self.step_number, self._passes = 0, 0
         self.reserved_length = int(schedule.after(None, 0))
         self.last_indices = None
-        self._last_place, self._length = len(dropping), 0
+        self._last_place, self._length, self._warned = len(dropping), 0, False
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         self._signatures = {number: inspect.signature(blocks[number].forward) for number in dropping}
         self._hooks: list[Any] = []
@@ -268,6 +269,13 @@ class TokenDropping:
         given[first] = kept if self.layout == "batch_seq_dim" else kept.transpose(0, 1)
         parameters = self._signatures[number].parameters
         more = [given[name] for name in given if parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
+        masks = [name for name in self.mask_args if name in parameters]
+        if self.kind == "encoder" and masks and not self._warned and all(given.get(name) is None for name in masks):
+            self._warned = True
+            warnings.warn(
+                f"layer {number} of an encoder is given no {' or '.join(masks)}: padding, if any, is attended to",
+                stacklevel=2,
+            )
         for arguments in (given, *more):
             for name in self.mask_args:
                 if arguments.get(name) is not None:
