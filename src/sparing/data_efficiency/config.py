@@ -176,8 +176,8 @@ def _metric(name: str, config: Any, clamp_min: bool) -> tuple[PacingFunction, Pa
     paths = {config[key] for key in ("index_to_sample_path", "index_to_metric_path") if key in config}
     if len(paths) != 1:
         raise InvalidValue(
-            f"the metric {name!r} names {len(paths)} folders; index_to_sample_path, or both keys, must name the folder of "
-            "its index"
+            f"the metric {name!r} names {len(paths)} folders; index_to_sample_path, or both keys, must name "
+            "the folder of its index"
         )
     return pacing, Path(paths.pop()), kind
 

@@ -55,14 +55,19 @@ def sample_tokens(
 
 def gather_tokens(hidden: Shaped[Tensor, "b t ..."], indices: Int[Tensor, "b r"]) -> Shaped[Tensor, "b r ..."]:
     """The rows of each sample at its indices: (B, T, …) → (B, r, …)."""
-    return hidden.gather(1, _spread(indices, hidden))
+    rows = hidden.flatten(0, 1).index_select(
+        0, _rows(indices, hidden.shape[1])
+    )  # whole rows: gather copies each number
+    return rows.unflatten(0, indices.shape)
 
 
 def scatter_tokens(
     hidden: Float[Tensor, "b t d"], computed: Float[Tensor, "b r d"], indices: Int[Tensor, "b r"]
 ) -> Float[Tensor, "b t d"]:
     """``hidden`` with the rows at each sample's indices replaced by ``computed``, in the latter's type."""
-    return hidden.to(computed.dtype).scatter(1, _spread(indices, computed), computed)
+    batch, length = hidden.shape[:2]
+    rows = hidden.to(computed.dtype).flatten(0, 1).index_copy(0, _rows(indices, length), computed.flatten(0, 1))
+    return rows.unflatten(0, (batch, length))
 
 
 def keep_mask(
@@ -71,9 +76,9 @@ def keep_mask(
     """The mask of the kept tokens.
 
     A mask whose last two axes are queries and keys, (B or 1, T, T) or (B or 1, heads or 1, T or 1, T), is gathered on
-    each axis of size T by each sample's own indices, so that padding and windows stay right. Of a decoder's mask (T, T),
-    which all samples share, [:r, :r] is left: of a causal one that is the same, as the indices grow. A mask (B, T) of an
-    encoder says which keys are padding.
+    each axis of size T by each sample's own indices, so that padding and windows stay right. Of a decoder's mask
+    (T, T), which all samples share, [:r, :r] is left: of a causal one that is the same, as the indices grow. An
+    encoder's mask (B, T) says which keys are padding.
 
     Args:
         mask: of any type.
@@ -130,8 +135,9 @@ def keep_positions(positions: Shaped[Tensor, "..."], indices: Int[Tensor, "b r"]
     return gather_tokens(positions.expand(batch, *positions.shape[1:]), indices)
 
 
-def _spread(indices: Tensor, like: Tensor) -> Tensor:
-    return indices.view(*indices.shape, *[1] * (like.ndim - 2)).expand(*indices.shape, *like.shape[2:])
+def _rows(indices: Tensor, length: int) -> Tensor:
+    """Numbers of the rows in a batch whose sequences lie one behind the other."""
+    return (indices + length * torch.arange(len(indices), device=indices.device)[:, None]).flatten()
 
 
 # --- on a model ------------------------------------------------------------------------------------------------------
