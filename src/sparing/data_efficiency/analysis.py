@@ -2,8 +2,8 @@
 
 Li et al. 2022, arXiv:2212.03597, section 3.1. A shard is a fixed range of samples, however many workers there are, and
 is written whole with a manifest. What is killed leaves finished shards; running again does the rest, and the result is
-the same to the byte. Memory: one shard's values in a worker, and in the reduce one shard's, the
-different values, and one bit-like flag for each sample while they are checked.
+the same to the byte. Memory: one shard's values in a worker; in the reduce one shard's, the different values, and a
+byte for each sample while all are checked.
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ class DataAnalyzer:
         """Map what is missing and reduce: the index of each metric, by name."""
         with self._alone("analysis"):
             for statistics in (True, False):
-                self._map(self._due(statistics), None)
-                self._reduce(self._due(statistics))
+                due = self._due(statistics)
+                self._map(due, None)
+                self._reduce(due)
+            for job in self.jobs:
+                self._clear(job)  # whoever died after the last result left its shards
             return self._opened()
 
     def map(self) -> None:
@@ -242,9 +245,13 @@ class DataAnalyzer:
             else:
                 with files.folder_atomic(target) as scratch:
                     self._order(job, parts, scratch)
-            for old in self.folder.glob("parts/*"):  # also of earlier settings
-                if old.name.rsplit("-", 1)[0] == job.name:
-                    files.remove(old)
+            self._clear(job)
+
+    def _clear(self, job: DifficultyMetric | CorpusStatistic) -> None:
+        """Remove a finished job's shards, also of earlier settings."""
+        for old in self.folder.glob("parts/*"):
+            if old.name.rsplit("-", 1)[0] == job.name:
+                files.remove(old)
 
     def _order(self, job: DifficultyMetric | CorpusStatistic, parts: Path, scratch: Path) -> None:
         """Sort by (value, number): different values first, then each shard's samples behind those before it."""

@@ -221,7 +221,9 @@ class VocabularyRarity(DifficultyMetric):
             in_vocabulary(tokens if real is None else tokens[real], self.vocab_size)  # padding may be any number
             tokens = tokens if real is None else np.where(real, tokens, 0)
         terms = self._surprisal()[tokens]
-        return (terms.sum(1) if real is None else np.where(real, terms, 0.0).sum(1)).astype(np.int64)
+        if real is not None:
+            np.copyto(terms, 0.0, where=~real)
+        return terms.sum(1).astype(np.int64)
 
     def bound(self, width: int) -> float:
         """S · max a."""
