@@ -53,7 +53,7 @@ class MinNormRegressor(RegressorMixin, BaseEstimator):
 
     Attributes:
         coef_: g·w, (d,) or (targets, d).
-        g_: the norm of each target's weights.
+        g_: g of each target in the end; its size is the norm of the weights.
         g0_: the scale that was begun with.
         distance_to_min_norm_: ‖coef − coef*‖ of each target.
         predicted_distance_: the same in closed form (:func:`~sparing.optimization.min_norm.predict_limit`): exact for
@@ -136,6 +136,12 @@ class MinNormRegressor(RegressorMixin, BaseEstimator):
         except ValueError as error:
             raise InvalidValue(f"predict: {error}") from error
         return X @ self.coef_.T
+
+    def __sklearn_tags__(self) -> Any:
+        """Several targets at once are welcome."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.single_output = tags.target_tags.multi_output = True
+        return tags
 
     # --- inside
 
