@@ -68,9 +68,9 @@ class MinNormRegressor(RegressorMixin, BaseEstimator):
       fit together, a target that is zero everywhere with ``g0="auto"``.
     - :class:`~sparing.core.errors.TrainingDiverged`: an iteration that is not finite.
 
-    It warns of dependent rows (the row space is used), of no fewer samples than features (every start then leads to
-    the same weights), of a g that crosses 0, and, as ``ConvergenceWarning``, of ``max_iter`` iterations that do not
-    suffice.
+    It warns of dependent rows (the row space is used), of no fewer independent samples than features (every start then
+    leads to the same weights), of a g that crosses 0, and, as ``ConvergenceWarning``, of too few iterations in
+    ``max_iter``.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class MinNormRegressor(RegressorMixin, BaseEstimator):
             raise InvalidValue(f"fit: {error}") from error
         y = np.asarray(y, dtype=np.float64)
         problem = LeastSquares.of(X, y.reshape(len(y), -1))
-        if len(X) >= X.shape[1]:
+        if problem.rank == X.shape[1]:
             warnings.warn(
                 f"{len(X)} samples of {X.shape[1]} features leave no freedom: every start leads to the same weights",
                 UserWarning,

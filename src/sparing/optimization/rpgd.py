@@ -16,20 +16,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparing.core.errors import InvalidValue, NoEffect, did_you_mean, shown
+from sparing.core.step import Stage, Step, step
 from sparing.optimization.weight_norm import (
     UnitDirection,
+    bake,
     direction_norm,
     parametrization_of,
     parametrized_layers,
     scale_and_direction,
+    shrink_scales,
+    unit_direction,
 )
+
+if TYPE_CHECKING:
+    from sparing.core.job import Job
 
 SCALINGS = ("inverse_square", "none")
 FLOOR = 1e-4
@@ -211,3 +219,70 @@ def check_settings(
         raise InvalidValue(f"weight_decay = {weight_decay}; a finite number ≥ 0 is needed")
     if not isinstance(freeze_g_steps, int) or freeze_g_steps < 0:
         raise InvalidValue(f"freeze_g_steps = {shown(freeze_g_steps)}; a whole number ≥ 0 is needed")
+
+
+# --- the step ------------------------------------------------------------------------------------------------------
+
+
+@step("rpgd")
+class Rpgd(Step):
+    """Train unit directions and scales of each layer's weights by projected gradient descent, in one phase or two.
+
+    It is the optimizer of the next training, with a learning rate of its own.
+    """
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
+    promises: ClassVar[frozenset[str]] = frozenset({"training"})
+    # masks and scales do not go on one weight
+    slots: ClassVar[frozenset[str]] = frozenset({"optimizer", "scales of weights", "pattern of zeros"})
+    source: ClassVar[str] = (
+        "Wu et al. 2020, Implicit Regularization and Convergence for Weight Normalization, NeurIPS, arXiv:1911.07956"
+    )
+
+    lr: float = Field(default=0.1, gt=0)
+    """Learning rate of directions (divided by g² of each unit) and of biases, norms and embeddings."""
+    lr_g: float | None = Field(default=None, gt=0)
+    """Learning rate of scales; None: as ``lr``. Smaller keeps nearer to the minimum norm, and is slower."""
+    g_scaling: Literal["inverse_square", "none"] = "inverse_square"
+    """"none" leaves the rate of directions undivided, and diverges where scales are large."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum of all parameters."""
+    momentum_w: Literal["project", "reset"] = "project"
+    """What becomes of the momentum of directions: projected onto the tangent after each step, or none."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay, on scales only."""
+    freeze_g_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of the first phase, in which scales stay as they are."""
+    g_shrink: float = Field(default=1.0, gt=0)
+    """Factor on all scales before the training; 0.25, say, for two phases."""
+    dim: int | None = Field(default=0, ge=0)
+    """The dimension of a weight along which each index has a scale of its own; 0: outputs. None: one for each layer."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of names of layers to leave alone, e.g. "head"."""
+
+    def apply(self, job: Job) -> Job:
+        """The job, whose next training is made by :class:`RPGD`."""
+        layers = parametrized_layers(unit_direction(job.fresh_model(), self.dim, self.exclude))
+        frozen = f", scales × {self.g_shrink:g} and kept for {self.freeze_g_steps} steps" if self.freeze_g_steps else ""
+        job.notes.remarks.append(f"the next training has unit directions in {len(layers)} layers{frozen}")
+
+        def wrap(model: nn.Module) -> tuple[nn.Module, Callable[[], nn.Module]]:
+            unit_direction(model, self.dim, self.exclude)
+            # here and not by the optimizer, which is made again when a killed training goes on
+            shrink_scales(model, self.g_shrink)
+            return model, lambda: bake(model)
+
+        def optimizer(model: nn.Module) -> RPGD:
+            return RPGD(
+                model,
+                lr=self.lr,
+                lr_g=self.lr_g,
+                g_scaling=self.g_scaling,
+                momentum=self.momentum,
+                momentum_w=self.momentum_w,
+                weight_decay=self.weight_decay,
+                freeze_g_steps=self.freeze_g_steps,
+            )
+
+        return job.replace(training=job.training.adding(model_wraps=wrap, optimizer=optimizer))

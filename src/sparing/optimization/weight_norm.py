@@ -17,14 +17,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.data import Subset
 
+from sparing.core.collation import batches_of
 from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, did_you_mean, shown
+from sparing.core.randomness import derive_seed
+from sparing.core.step import Stage, Step, step
+
+if TYPE_CHECKING:
+    from sparing.core.job import Job
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -348,3 +357,49 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+# --- the step ------------------------------------------------------------------------------------------------------
+
+
+@step("weight_norm")
+class WeightNormalization(Step):
+    """Train scale and direction of each layer's weights apart, with any optimizer, and fold them together after it."""
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
+    promises: ClassVar[frozenset[str]] = frozenset({"training"})
+    # masks and scales do not go on one weight
+    slots: ClassVar[frozenset[str]] = frozenset({"scales of weights", "pattern of zeros"})
+    source: ClassVar[str] = "Salimans and Kingma 2016, Weight Normalization, NIPS, arXiv:1602.07868"
+
+    dim: int | None = Field(default=0, ge=0)
+    """The dimension of a weight along which each index has a scale of its own; 0: outputs. None: one for each layer."""
+    init: Literal["weight", "data"] = "weight"
+    """"data": begin with scales and biases by which pre-activations have mean 0 and deviation 1 on one batch."""
+    samples: int = Field(default=128, ge=2)
+    """Training samples in that batch, drawn by the seed."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of names of layers to leave alone, e.g. "head"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == "data" and self.dim != 0:
+            raise InvalidValue(f"{self.id}: init = 'data' needs dim = 0; it is {self.dim}")
+
+    def apply(self, job: Job) -> Job:
+        """The job, whose next training is made on scales and directions."""
+        layers = parametrized_layers(weight_normalize(job.fresh_model(), self.dim, exclude=self.exclude))
+        job.notes.remarks.append(f"the next training has weight normalisation in {len(layers)} layers")
+        task, train, seed = job.task, job.train, derive_seed(job.seed, "weight_norm")
+
+        def wrap(model: nn.Module) -> tuple[nn.Module, Callable[[], nn.Module]]:
+            weight_normalize(model, self.dim, exclude=self.exclude)
+            if self.init == "data":
+                size = min(self.samples, len(train))
+                chosen = np.random.default_rng(seed).choice(len(train), size, replace=False)
+                (batch,) = batches_of(Subset(train, chosen.tolist()), size, task.collate)
+                init_from_data(model, lambda: task.outputs(model, batch))
+            return model, lambda: bake(model)
+
+        return job.replace(training=job.training.adding(model_wraps=wrap))
