@@ -264,8 +264,9 @@ class Rpgd(Step):
     def apply(self, job: Job) -> Job:
         """The job, whose next training is made by :class:`RPGD`."""
         layers = parametrized_layers(unit_direction(job.fresh_model(), self.dim, self.exclude))
-        frozen = f", scales × {self.g_shrink:g} and kept for {self.freeze_g_steps} steps" if self.freeze_g_steps else ""
-        job.notes.remarks.append(f"the next training has unit directions in {len(layers)} layers{frozen}")
+        shrunk = f", scales × {self.g_shrink:g}" if self.g_shrink != 1 else ""
+        frozen = f", scales kept for {self.freeze_g_steps} steps" if self.freeze_g_steps else ""
+        job.notes.remarks.append(f"the next training has unit directions in {len(layers)} layers{shrunk}{frozen}")
 
         def wrap(model: nn.Module) -> tuple[nn.Module, Callable[[], nn.Module]]:
             unit_direction(model, self.dim, self.exclude)
