@@ -84,7 +84,12 @@ if TYPE_CHECKING:
     from sparing.optimization.label_smoothing import SmoothLabels
     from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
     from sparing.optimization.leap_lightning import LEAPCallback
+    from sparing.optimization.min_norm import predict_limit
+    from sparing.optimization.min_norm_regressor import MinNormRegressor
+    from sparing.optimization.rpgd import RPGD, Rpgd
     from sparing.optimization.schedules import WarmupCosine
+    from sparing.optimization.weight_norm import WeightNormalization, bake, unit_direction, weight_normalize
+    from sparing.optimization.weight_norm_lightning import Reparametrization
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
@@ -175,7 +180,12 @@ _HOMES = {
     "sparing.optimization.averaging": ("Ema",),
     "sparing.optimization.averaging_lightning": ("WeightAverage",),
     "sparing.optimization.label_smoothing": ("SmoothLabels",),
+    "sparing.optimization.min_norm": ("predict_limit",),
+    "sparing.optimization.min_norm_regressor": ("MinNormRegressor",),
+    "sparing.optimization.rpgd": ("RPGD", "Rpgd"),
     "sparing.optimization.schedules": ("WarmupCosine",),
+    "sparing.optimization.weight_norm": ("WeightNormalization", "bake", "unit_direction", "weight_normalize"),
+    "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
@@ -186,6 +196,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LEAP",
+    "RPGD",
     "AuditBackdoor",
     "Augment",
     "BackdoorAudit",
@@ -231,6 +242,7 @@ __all__ = [
     "LegoPredictor",
     "LegoRuntime",
     "LockPattern",
+    "MinNormRegressor",
     "MissingDependency",
     "MultiExitModel",
     "NoEffect",
@@ -247,6 +259,8 @@ __all__ = [
     "Profile",
     "Quantize",
     "RecipeError",
+    "Reparametrization",
+    "Rpgd",
     "ScalingOptimizer",
     "Selection",
     "Shrink",
@@ -265,10 +279,12 @@ __all__ = [
     "UntrustedCode",
     "WarmupCosine",
     "WeightAverage",
+    "WeightNormalization",
     "WordPiece",
     "__version__",
     "apply_leap",
     "attach_exits",
+    "bake",
     "build_model",
     "calibrate",
     "compile_encoder",
@@ -286,6 +302,7 @@ __all__ = [
     "perturbation_flatness",
     "plan",
     "postprocess_spans",
+    "predict_limit",
     "profile_accuracy",
     "profile_blocks",
     "profile_latency",
@@ -299,6 +316,8 @@ __all__ = [
     "train_exits",
     "train_wordpiece",
     "tune_production",
+    "unit_direction",
+    "weight_normalize",
 ]
 
 

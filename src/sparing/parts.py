@@ -153,6 +153,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.compression.quantization:Quantize",
             "INT8 weights and activations through ONNX Runtime, kept only when they win.",
         ),
+        "rpgd": Part(
+            "sparing.optimization.rpgd:Rpgd",
+            "Train unit directions and scales of each layer's weights by projected gradient descent, in one phase or "
+            "two.",
+        ),
         "smooth_labels": Part(
             "sparing.optimization.label_smoothing:SmoothLabels",
             "Train towards labels that are a little unsure: each gives a share of its weight to all classes alike.",
@@ -164,6 +169,11 @@ PARTS: dict[str, dict[str, Part]] = {
         "train": Part(
             "sparing.core.training.step:Train",
             "Train the model on the task's training data with an optimizer and schedule of torch, by Lightning.",
+        ),
+        "weight_norm": Part(
+            "sparing.optimization.weight_norm:WeightNormalization",
+            "Train scale and direction of each layer's weights apart, with any optimizer, and fold them together after "
+            "it.",
         ),
         "warmup_cosine": Part(
             "sparing.optimization.schedules:WarmupCosine",

@@ -24,6 +24,7 @@ from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
 BLOCKS = {"name": "blocknet", "num_classes": 3, "image_size": 8, "width": 4, "depth": 1}
 LAST = sparing.Train(id="last", epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1)
+PLAIN = sparing.Train(id="last", epochs=2, batch_size=16, checkpoint_every_batches=1)
 STUDENT = {"name": "convnet", "num_classes": 3, "image_size": 8, "widths": [4]}
 
 
@@ -169,6 +170,16 @@ STEPS = {
         sparing.Leap(rho=0.5),
         after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
         nothing="any optimizer makes steps that can be perturbed; with rho = 0 it is the control, and says so",
+    ),
+    "rpgd": StepCase(
+        sparing.Rpgd(momentum=0.9, freeze_g_steps=2, g_shrink=0.5),
+        after=(PLAIN,),
+        nothing=StepCase(sparing.Rpgd(), task=poolings, nothing="is the case"),
+    ),
+    "weight_norm": StepCase(
+        sparing.WeightNormalization(init="data"),
+        after=(PLAIN,),
+        nothing=StepCase(sparing.WeightNormalization(), task=poolings, nothing="is the case"),
     ),
     "quantize": StepCase(
         sparing.Quantize(goal="bytes", max_loss=1.0, samples=8),

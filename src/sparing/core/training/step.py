@@ -107,8 +107,13 @@ class Train(Step):
 
     @property
     def slots(self) -> frozenset[str]:  # type: ignore[override]  # filled for this very training
-        """The schedule, if one is asked for here."""
-        return frozenset({"scheduler"} if self.scheduler or self.warmup_steps else ())
+        """The schedule and the optimizer, where others than the defaults are asked for here."""
+        taken = {"scheduler"} if self.scheduler or self.warmup_steps else set()
+        known: Any = type(self).__pydantic_fields__  # type: ignore[attr-defined]  # pydantic's decorator adds it
+        for name in ("optimizer", "lr", "weight_decay", "decay", "optimizer_args"):
+            if getattr(self, name) != known[name].get_default(call_default_factory=True):
+                taken.add("optimizer")
+        return frozenset(taken)
 
     def check(self, task: Task) -> None:
         """Lightning takes the devices, strategy and precision, where others than its defaults are asked for."""
