@@ -153,7 +153,7 @@ class CTRModel(nn.Module):
         rows = self.zero_rows()
         if not len(rows):
             return {"zero_rows": 0.0, "zero_weights": 0.0}
-        return {"zero_rows": float(rows.float().mean()), "zero_weights": zero / size}
+        return {"zero_rows": int(rows.sum()) / len(rows), "zero_weights": zero / size}
 
     def prune(self) -> tuple[CTRModel, list[Int[np.ndarray, " n"]]]:
         """A model of the same class without the rows of exact zeros, and for each field where its ids went.
