@@ -14,22 +14,29 @@ training data, or one that was there fewer than ``min_count`` times.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, shown
-from sparing.core.files import aside, folder_atomic, put_in_place, read_json, remove, write_json
+from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, did_you_mean, shown
+from sparing.core.files import aside, canonical_json, folder_atomic, put_in_place, read_json, remove, write_json
+from sparing.core.fingerprint import fingerprint
 from sparing.core.metrics import roc_auc
+from sparing.core.predictor.preprocessing import Operation
 from sparing.data.binning import libffm_bins, linear_bins, log2_bins, log_square_bins, quantile_bins
 from sparing.data.tables import ROWS, Column, Layout, Source, TableLayout, arrow, as_numbers, record_batches
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE = 1 << 16
 """Rows, drawn evenly from all, that quantiles and the check for leaks go by."""
@@ -222,6 +229,123 @@ def fnv1a(values: Sequence[bytes]) -> Int[ndarray, " n"]:
     return hashes
 
 
+# --- what models train on
+
+
+class Clicks:
+    """Map-style data set of (ids int64 (F,), label float32 ()): rows that are encoded already.
+
+    Args:
+        ids: whole numbers (n, F), which may be memory-mapped.
+        labels: 0 or 1 (n,).
+    """
+
+    def __init__(self, ids: Int[ndarray, "n f"], labels: Float[ndarray, " n"]) -> None:
+        if ids.ndim != 2 or labels.shape != (len(ids),):
+            raise InvalidValue(
+                f"ids of shape {ids.shape} and labels of shape {labels.shape}; (n, F) and (n,) are needed"
+            )
+        for row in np.flatnonzero((labels != 0) & (labels != 1))[:1]:
+            raise DataError(f"row {row}: the label is {labels[row]:g}; 0 or 1 is expected")
+        self.ids, self.labels = ids, labels
+
+    @classmethod
+    def of(
+        cls, encoder: CTREncoder, source: Source, layout: Layout | TableLayout | None = None, where: str = ""
+    ) -> Clicks:
+        """All rows of a source, as int32."""
+        parts = [(ids.astype(np.int32), labels) for ids, labels in encoder.transform(source, ROWS, layout)]
+        if not parts:
+            raise DataError(f"{where or shown(source)}: holds no row; at least one is expected")
+        return cls(np.concatenate([ids for ids, _ in parts]), np.concatenate([labels for _, labels in parts]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        import torch
+
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return torch.from_numpy(self.ids[index].astype(np.int64)), torch.tensor(float(self.labels[index]))
+
+    def __getitems__(self, indices: Sequence[int]) -> Clicks:
+        """The rows at several indices at once; a data loader asks so."""
+        return self.subset(indices)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Clicks:
+        """The rows at ``indices``."""
+        rows = np.asarray(indices, np.int64)
+        return Clicks(self.ids[rows], self.labels[rows])
+
+    def fingerprint(self) -> str:
+        """By content, computed once."""
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = fingerprint([self.ids, self.labels])
+        return self._fingerprint
+
+
+def join_clicks(items: Clicks | Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch (ids int64 (B, F), labels float32 (B,)) of items, or of the rows a :class:`Clicks` gave at once."""
+    import torch
+
+    if isinstance(items, Clicks):
+        labels = torch.from_numpy(items.labels.astype(np.float32))
+        return torch.from_numpy(items.ids.astype(np.int64)), labels
+    ids, clicked = zip(*items, strict=True)
+    return torch.stack(ids), torch.stack(clicked)
+
+
+@dataclass(frozen=True)
+class EncodeFields(Operation):
+    """Rows, mappings of a column to its value → ids, int64 (n, F), as a :class:`CTREncoder` gives them.
+
+    PyArrow is needed: ``pip install 'sparing[tables]'``.
+    """
+
+    schema: dict[str, Any]
+    """As :meth:`CTRSchema.to_config` writes it."""
+    vocabulary: list[list[str | int]]
+    """For each field its values, bins or buckets in the order of their ids."""
+    edges: dict[str, list[float]]
+    """Of fields that are binned by quantiles."""
+
+    @classmethod
+    def of(cls, encoder: CTREncoder) -> EncodeFields:
+        """What an encoder found."""
+        vocabulary = [values.tolist() for values in encoder.vocabulary]
+        edges = {name: values.tolist() for name, values in encoder.edges.items()}
+        return cls(json.loads(canonical_json(encoder.schema.to_config())), vocabulary, edges)
+
+    @cached_property
+    def encoder(self) -> CTREncoder:
+        """An encoder that says the same."""
+        encoder = CTREncoder(CTRSchema.from_config(self.schema))
+        encoder.vocabulary = []
+        for field, values in zip(encoder.schema.fields, self.vocabulary, strict=True):
+            texts = isinstance(field, Categorical) and field.hash_buckets is None
+            encoder.vocabulary.append(arrow().array(values, arrow().string()) if texts else np.array(values, np.int64))
+        encoder.edges = {name: np.array(edges, np.float64) for name, edges in self.edges.items()}
+        return encoder
+
+    def __call__(self, batch: Any) -> Int[ndarray, "n f"]:
+        """n mappings → ids (n, F); a column that a row lacks is missing there."""
+        pa = arrow("encoding rows")
+        for index, row in enumerate(batch):
+            if not isinstance(row, Mapping):
+                raise InvalidValue(f"input {index} is {shown(row)}; a mapping of columns to values is expected")
+        columns = {}
+        for name in self.encoder.schema.columns(label=False):
+            if not any(name in row for row in batch):
+                raise InvalidValue(f"no input has the column {name!r}.{did_you_mean(name, batch[0])}")
+            try:
+                columns[name] = pa.array([row.get(name) for row in batch])
+            except (pa.ArrowException, TypeError, OverflowError) as error:
+                raise InvalidValue(f"the column {name!r} of the inputs: {error}") from error
+        return self.encoder.encode(pa.table(columns))
+
+
 # --- fitting
 
 
@@ -335,18 +459,18 @@ class CTREncoder:
                 size = field.hash_buckets if isinstance(field, Categorical) else field.buckets
                 counters[place] = np.zeros(int(size or 0), np.int64)
         drawn, rows = _Drawn(seed, SAMPLE), 0
-        for where, start, batch in record_batches(source, self.schema.columns(), layout):
-            self._labels(batch, where, start)
+        for where, numbers, batch in record_batches(source, self.schema.columns(), layout):
+            self._labels(batch, where, numbers)
             rows += batch.num_rows
             drawn.add(batch)
             for field, counter in zip(self.schema.fields, counters, strict=True):
                 if isinstance(counter, _Tally):
                     counter.add(_text(field, batch))
                 elif counter is not None:
-                    codes = _codes(field, batch, where, start, None)
+                    codes = _codes(field, batch, where, numbers, None)
                     counter += np.bincount(codes[codes >= 0], minlength=len(counter))
                 else:
-                    _values(field, batch, where, start)  # refuses what is not allowed, wherever it is
+                    _values(field, batch, where, numbers)  # refuses what is not allowed, wherever it is
         if rows == 0:
             raise DataError(f"{shown(source)}: holds no row; at least one is expected")
         sample = drawn.cut()
@@ -362,7 +486,7 @@ class CTREncoder:
             name: sample[name].combine_chunks() if kind == "text" else sample[name].to_numpy()
             for name, kind in self.schema.columns(label=False).items()
         }
-        self.leaks = leaking(columns, self._labels(sample, "the sample", 0) == 1)
+        self.leaks = leaking(columns, self._labels(sample, "the sample", np.arange(len(sample))) == 1)
         if self.leaks:
             found = ", ".join(f"{name!r} ({area:.3f})" for name, area in self.leaks.items())
             warnings.warn(
@@ -373,7 +497,7 @@ class CTREncoder:
         return self
 
     def _quantiles(self, field: Any, sample: Any) -> np.ndarray:
-        values = _values(field, sample, "the sample", 0)
+        values = _values(field, sample, "the sample", np.arange(len(sample)))
         values = values[~np.isnan(values)]
         inner = np.linspace(0, 1, field.buckets + 1)[1:-1]
         edges = np.unique(np.quantile(values, inner, method="higher")) if len(values) else np.empty(0)
@@ -389,7 +513,7 @@ class CTREncoder:
         """Ids, int64 (n, F), of the rows of an Arrow table or batch (or Polars data frame); no label is looked for."""
         self._must_be_fitted()
         parts = list(record_batches(table, self.schema.columns(label=False)))
-        found = [self._ids(batch, where, start) for where, start, batch in parts]
+        found = [self._ids(batch, where, numbers) for where, numbers, batch in parts]
         return np.concatenate(found) if found else np.empty((0, len(self.schema.fields)), np.int64)
 
     def transform(
@@ -404,9 +528,9 @@ class CTREncoder:
             raise InvalidValue(f"batch_size = {batch_size!r}; a whole number of at least 1 is expected")
         ids = np.empty((0, len(self.schema.fields)), np.int64)
         labels = np.empty(0, np.float32)
-        for where, start, batch in record_batches(source, self.schema.columns(), layout, max(ROWS, batch_size)):
-            found = self._labels(batch, where, start).astype(np.float32)
-            ids = np.concatenate([ids, self._ids(batch, where, start)])
+        for where, numbers, batch in record_batches(source, self.schema.columns(), layout, max(ROWS, batch_size)):
+            found = self._labels(batch, where, numbers).astype(np.float32)
+            ids = np.concatenate([ids, self._ids(batch, where, numbers)])
             labels = np.concatenate([labels, found])
             whole = len(ids) - len(ids) % batch_size
             for first in range(0, whole, batch_size):
@@ -451,14 +575,14 @@ class CTREncoder:
         if not hasattr(self, "vocabulary"):
             raise InvalidValue("this encoder has seen no data: call fit(training data) first")
 
-    def _labels(self, batch: Any, where: str, start: int) -> np.ndarray:
+    def _labels(self, batch: Any, where: str, numbers: np.ndarray) -> np.ndarray:
         label = self.schema.label
         values = batch.column(label).to_numpy()
         for row in np.flatnonzero((values != 0) & (values != 1))[:1]:
-            raise DataError(f"{where}, row {start + row}: the label {label!r} is {values[row]:g}; 0 or 1 is expected")
+            raise DataError(f"{where}, row {numbers[row]}: the label {label!r} is {values[row]:g}; 0 or 1 is expected")
         return values
 
-    def _ids(self, batch: Any, where: str, start: int) -> Int[ndarray, "n f"]:
+    def _ids(self, batch: Any, where: str, numbers: np.ndarray) -> Int[ndarray, "n f"]:
         pa = arrow()
         ids = np.empty((batch.num_rows, len(self.schema.fields)), np.int64)
         for place, (field, values) in enumerate(zip(self.schema.fields, self.vocabulary, strict=True)):
@@ -466,7 +590,7 @@ class CTREncoder:
                 found = pa.compute.index_in(_text(field, batch), value_set=values, skip_nulls=True)
                 ids[:, place] = pa.compute.fill_null(found, -1).to_numpy(zero_copy_only=False)
             else:
-                codes = _codes(field, batch, where, start, self.edges.get(field.name))
+                codes = _codes(field, batch, where, numbers, self.edges.get(field.name))
                 near = np.searchsorted(values, codes)
                 hit = near < len(values)
                 hit[hit] = values[near[hit]] == codes[hit]
@@ -542,7 +666,7 @@ def _text(field: Field, batch: Any) -> Any:
     return text
 
 
-def _values(field: Any, batch: Any, where: str, start: int) -> np.ndarray:
+def _values(field: Any, batch: Any, where: str, numbers: np.ndarray) -> np.ndarray:
     """Numbers of a numeric field, float64 (n,); NaN where they are unknown."""
     column = batch.column(column_of(field))
     if column.type == arrow().string():  # another field reads it as text
@@ -553,12 +677,12 @@ def _values(field: Any, batch: Any, where: str, start: int) -> np.ndarray:
         return np.where(missing, 0.0, values)
     for row in np.flatnonzero(missing)[:1] if field.missing is None else ():
         raise DataError(
-            f'{where}, row {start + row}: no number in {column_of(field)!r}; say missing="zero" or missing="unknown"'
+            f'{where}, row {numbers[row]}: no number in {column_of(field)!r}; say missing="zero" or missing="unknown"'
         )
     return values
 
 
-def _codes(field: Any, batch: Any, where: str, start: int, edges: np.ndarray | None) -> Int[ndarray, " n"]:
+def _codes(field: Any, batch: Any, where: str, numbers: np.ndarray, edges: np.ndarray | None) -> Int[ndarray, " n"]:
     """Bins or buckets, int64 (n,); −1 where the value is missing."""
     if isinstance(field, Categorical):
         distinct = _text(field, batch).dictionary_encode()
@@ -566,7 +690,7 @@ def _codes(field: Any, batch: Any, where: str, start: int, edges: np.ndarray | N
         buckets = (hashes % np.uint64(field.hash_buckets or 1)).astype(np.int64)
         places = arrow().compute.fill_null(distinct.indices, -1).to_numpy(zero_copy_only=False)
         return np.append(buckets, -1)[places]
-    values = _values(field, batch, where, start)
+    values = _values(field, batch, where, numbers)
     missing = np.isnan(values)
     values = np.where(missing, 0.0, values)
     if field.binning == "quantile":

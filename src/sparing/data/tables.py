@@ -12,8 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from sparing.core.errors import DataError, InvalidValue, MissingDependency, did_you_mean, shown
+from sparing.core.randomness import derive_seed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,6 +89,8 @@ def is_parquet(path: Path) -> bool:
 def column_names(source: Source, layout: Layout | TableLayout | None = None) -> list[str]:
     """Names of a source's columns, in order."""
     pa = arrow()
+    if isinstance(source, Part):
+        return column_names(source.source, layout)
     if _is_frame(source):
         return list(source.collect_schema().names() if hasattr(source, "collect_schema") else source.schema.names)
     path = _paths(source)[0]
@@ -102,14 +106,14 @@ def record_batches(
     columns: Mapping[str, Column],
     layout: Layout | TableLayout | None = None,
     rows: int = ROWS,
-) -> Iterator[tuple[str, int, pa.RecordBatch]]:
-    """Batches of some columns of a source, in its order: (where it is, its first row counted from 0, the batch).
+) -> Iterator[tuple[str, np.ndarray, pa.RecordBatch]]:
+    """Batches of some columns of a source, in its order: (where it is, its rows counted from 0, the batch).
 
     A batch holds its columns as strings, without empty ones, or as float64, with NaN for missing.
 
     Args:
         source: a path or a sequence of paths that are read one after the other, a ``pyarrow.Table``, a
-            ``polars.DataFrame`` or ``polars.LazyFrame``.
+            ``polars.DataFrame`` or ``polars.LazyFrame``; or :class:`Part` of any of these.
         columns: their names, and whether they are text or numbers.
         layout: of text files; None: by their names.
         rows: most rows of a batch.
@@ -119,19 +123,80 @@ def record_batches(
         InvalidValue: a source of another kind.
     """
     arrow()
+    if isinstance(source, Part):
+        yield from _part(source, columns, layout, rows)
+        return
     if not _is_frame(source):
         for path in _paths(source):
             start = 0
             with _readable(path):
                 read = _read_parquet if is_parquet(path) else _read_text
                 for batch in read(path, columns, layout, rows):
-                    yield str(path), start, _plain(batch, columns, str(path))
+                    numbers = np.arange(start, start + batch.num_rows)
+                    yield str(path), numbers, _plain(batch, columns, str(path))
                     start += batch.num_rows
         return
     start = 0
     for batch in _frames(source, columns, rows):
-        yield "the table", start, _plain(batch, columns, "the table")
+        yield "the table", np.arange(start, start + batch.num_rows), _plain(batch, columns, "the table")
         start += batch.num_rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a source, drawn evenly: those whose random number in [0, 1) is within [low, high).
+
+    A row's number is a hash of its place in the source and the seed, so parts of one source with bounds that do not
+    overlap have no row in common, and nothing is kept of the rows.
+    """
+
+    source: Source
+    low: float
+    high: float
+    seed: int = 0
+
+    def holds(self, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Whether rows, counted from 0 (n,), are of this part."""
+        draw = evenly(rows, self.seed)
+        return (self.low <= draw) & (draw < self.high)
+
+
+def evenly(rows: Int[np.ndarray, " n"], seed: int = 0) -> Float[np.ndarray, " n"]:
+    """A random number in [0, 1) for each place (n,), by SplitMix64 (Steele, Lea and Flood 2014)."""
+    step = np.uint64(0x9E3779B97F4A7C15)
+    mixed = (rows.astype(np.uint64) + np.uint64(1)) * step ^ np.uint64(derive_seed("part", seed))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
+
+
+def _part(part: Part, columns: Mapping[str, Column], layout: Any, rows: int) -> Iterator[Any]:
+    pa, start = arrow(), 0
+    for where, numbers, batch in record_batches(part.source, columns, layout, rows):
+        chosen = part.holds(np.arange(start, start + len(numbers)))
+        start += len(numbers)
+        yield where, numbers[chosen], batch.filter(pa.array(chosen))
+
+
+def column_kinds(source: Source, layout: Layout | TableLayout | None = None) -> dict[str, Column]:
+    """For each column of a source whether it holds text or numbers, by its type: "number" for real numbers alone.
+
+    Whole numbers are "text", since they mostly name something. The types of a text file are those of its beginning.
+    """
+    pa = arrow()
+    if isinstance(source, Part):
+        return column_kinds(source.source, layout)
+    if _is_frame(source):
+        schema = next(_frames(source, dict.fromkeys(column_names(source), "text"), ROWS)).schema
+    else:
+        path = _paths(source)[0]
+        with _readable(path):
+            if is_parquet(path):
+                schema = pa.parquet.read_schema(path)
+            else:
+                schema = pa.csv.open_csv(path, **_options(layout_of(path, layout))).schema
+    real = (pa.types.is_floating, pa.types.is_decimal)
+    return {field.name: "number" if any(kind(field.type) for kind in real) else "text" for field in schema}
 
 
 def _is_frame(source: Any) -> bool:

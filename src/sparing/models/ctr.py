@@ -250,7 +250,7 @@ class LogisticRegression(CTRModel):
 
     def __init__(self, cardinalities: Sequence[int]) -> None:
         super().__init__(cardinalities)
-        self.weights = self._table(1, std=0.0)
+        self.weights = self._table(1, std=0.01)
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
