@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from numpy import ndarray
 
 from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, did_you_mean, shown
@@ -213,7 +213,7 @@ def in_published_training(rows: Int[ndarray, " n"]) -> ndarray:
     return rows % 1000 <= 800
 
 
-def fnv1a(values: Sequence[bytes]) -> Int[ndarray, " n"]:
+def fnv1a(values: Sequence[bytes]) -> Integer[ndarray, " n"]:
     """The 64-bit FNV-1a hash of each of n byte strings, as uint64 (n,): the same on every machine and in every version.
 
     Fowler, Noll and Vo; RFC 9923.

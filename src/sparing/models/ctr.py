@@ -49,7 +49,7 @@ class Fields(nn.Module):
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("offsets", counts.cumsum(0) - counts, persistent=False)
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> tuple[Bool[Tensor, "b f"], Int[Tensor, "b f"]]:
+    def forward(self, ids: Tensor) -> tuple[Bool[Tensor, "b f"], Int[Tensor, "b f"]]:
         """Ids (B, F) → (whether each is known, its place among all fields' ids or 0), both (B, F).
 
         Raises:
@@ -98,7 +98,9 @@ class FieldEmbedding(nn.Embedding):
         else:
             nn.init.zeros_(self.weight)
 
-    def forward(self, known: Bool[Tensor, "b f"], places: Int[Tensor, "b f"]) -> Float[Tensor, "b f dim"]:
+    def forward(  # type: ignore[override]  # it must be told which ids are known
+        self, known: Bool[Tensor, "b f"], places: Int[Tensor, "b f"]
+    ) -> Float[Tensor, "b f dim"]:
         """What :class:`Fields` says of ids (B, F) → (B, F, D), zeros for those that are not known."""
         rows = embedding(places, self.weight, sparse=self.sparse)
         return torch.where(known[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
@@ -128,7 +130,7 @@ class CTRModel(nn.Module):
         self._config = fields
 
     @abstractmethod
-    def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
         """Ids (B, F) → logits (B,)."""
 
     def _table(self, dim: int, std: float | None = None) -> FieldEmbedding:
@@ -200,7 +202,7 @@ class RemappedIds(nn.Module):
         self.model = build_model(name, **fields)
         self.register_buffer("new_ids", torch.full((max(sum(cardinalities), 1),), -1, dtype=torch.int32))
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> Any:
+    def forward(self, ids: Tensor) -> Any:
         """Ids (B, F) as they were → the model's answer."""
         known, places = self.fields(ids)
         return self.model(torch.where(known, self.get_buffer("new_ids")[places].long(), -1))
@@ -253,7 +255,7 @@ class LogisticRegression(CTRModel):
         self.weights = self._table(1, std=0.01)
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
         """Ids (B, F) → logits (B,)."""
         return self.bias + self.weights(*self.fields(ids)).sum((1, 2))
 
@@ -280,7 +282,7 @@ class FactorizationMachine(CTRModel):
         self.factors = self._table(dim, init_std)
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
         """Ids (B, F) → logits (B,)."""
         found = self.fields(ids)
         return self.bias + self.weights(*found).sum((1, 2)) + pairwise(self.factors(*found))
@@ -314,7 +316,7 @@ class DeepFM(CTRModel):
         self.deep = perceptron("DeepFM", size, widths, dropout)
         self.head = nn.Linear(widths[-1] if widths else size, 1)
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
         """Ids (B, F) → logits (B,)."""
         found = self.fields(ids)
         v = self.factors(*found)
@@ -377,7 +379,7 @@ class DCNv2(CTRModel):
         self.deep = perceptron("DCNv2", size, widths, dropout)
         self.head = nn.Linear(size + (widths[-1] if widths else size), 1)
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
         """Ids (B, F) → logits (B,)."""
         first = crossed = self.embedding(*self.fields(ids)).flatten(1)
         for layer in self.cross:

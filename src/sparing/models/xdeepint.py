@@ -7,10 +7,10 @@ to L + 1 and no higher. Rows are whole embeddings (H = 1), single numbers (H = D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,14 +88,21 @@ class PolynomialInteraction(nn.Module):
         self.dropout = nn.Dropout(dropout)
         rows = num_fields * num_subspaces
         # a layer of torch is y = x Aᵀ: its weight is W_lᵀ
-        self.layers = nn.ModuleList(nn.Linear(rows, rows, bias=False) for _ in range(num_layers))
-        for layer in self.layers:
+        layers = [nn.Linear(rows, rows, bias=False) for _ in range(num_layers)]
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
+        self.layers = nn.ModuleList(layers)
 
     @property
     def rows(self) -> int:
         """Rows of the output."""
         return self.num_fields * (1 if self.residual else len(self.layers) + 1)
+
+    @property
+    def weights(self) -> list[Float[Tensor, "rows rows"]]:
+        """W_l of each layer, (G, G)."""
+        layers: Any = self.layers
+        return [layer.weight.detach().T for layer in layers]
 
     def forward(self, x: Float[Tensor, "b f dim"]) -> Float[Tensor, "b rows dim"]:
         """(B, F, D) → (B, rows, D)."""
@@ -237,13 +244,13 @@ class XDeepInt(CTRModel):
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Int[Tensor, "b f"]) -> Float[Tensor, " b"]:
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
         """Ids (B, F) → logits (B,)."""
         return self.head(self.interaction(self.embedding(*self.fields(ids))).transpose(1, 2)).sum((1, 2))
 
     def sparsity(self) -> dict[str, float]:
         """Also "zero_interactions": the share of exact zeros among the weights of all W_l."""
-        weights = [layer.weight for layer in self.interaction.layers]
+        weights = self.interaction.weights
         zero = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
         return {**super().sparsity(), "zero_interactions": zero}
 
@@ -251,8 +258,7 @@ class XDeepInt(CTRModel):
         """The weights of all W_l that are not zero, the largest first; ``most`` of them, or all."""
         found = []
         fields = len(self.cardinalities)
-        for number, layer in enumerate(self.interaction.layers):
-            weight = layer.weight.detach().T  # W_l
+        for number, weight in enumerate(self.interaction.weights):
             for source, target in (weight != 0).nonzero().tolist():
                 chunks = source // fields, target // fields
                 entry = source % fields, chunks[0], target % fields, chunks[1], float(weight[source, target])

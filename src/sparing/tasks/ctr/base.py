@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 from numpy import ndarray
 
 from sparing.core.collation import batches_of
@@ -34,12 +33,12 @@ CONFIG_IDS = 200_000
 """With more ids than these the encoder does not go into a saved model, whose settings would become too long."""
 
 
-def click_metrics(logits: Float[ndarray, " n"], clicked: Float[ndarray, " n"]) -> tuple[dict[str, float], np.ndarray]:
+def click_metrics(logits: ndarray, clicked: ndarray) -> tuple[dict[str, float], np.ndarray]:
     """(figures, log-loss of each row (n,)) of logits and labels 0 or 1, both (n,).
 
     "log_loss" in nats; "roc_auc"; "normalised_entropy", the log-loss over the entropy of the base rate (He et al.
-    2014); "ece", the calibration error of the predicted side over 15 bins. With a single class the second and third are NaN,
-    which is warned of.
+    2014); "ece", the calibration error of the predicted side over 15 bins. With a single class the second and third are
+    NaN, which is warned of.
 
     Raises:
         InvalidValue: shapes that differ, a logit that is not finite, no row.
