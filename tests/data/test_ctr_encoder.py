@@ -169,7 +169,7 @@ def test_ids_are_ranks_of_counts(values: list[str], least: int, chunk: int) -> N
     """Against a count in plain Python, however the rows are cut into batches and the counts merged."""
     rows = pa.table({"label": [0] * len(values), "x": pa.array(values, pa.string())})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables.record_batches, "__defaults__", (None, chunk))
+        patch.setattr(tables, "ROWS", chunk)
         patch.setattr(ctr, "PENDING", 2)
         encoder = CTREncoder(CTRSchema((Categorical("x", min_count=least),))).fit(rows)
     counts = Counter(value for value in values if value)

@@ -727,7 +727,7 @@ def leaking(columns: Mapping[str, Any], positive: Any, threshold: float = LEAK) 
             score = slice(1 - (learn.start or 0), None, 2)
             size = int(codes.max(initial=0)) + 1
             seen = np.bincount(codes[learn], minlength=size)
-            rate = np.bincount(codes[learn], weights=positive[learn], minlength=size)
+            rate = np.bincount(codes[learn], weights=positive[learn], minlength=size).astype(np.float64)
             rate = (rate + positive[learn].mean()) / (seen + 1) if len(seen) and positive[learn].size else rate
             areas.append(roc_auc(rate[codes[score]], positive[score]) if positive[score].size else float("nan"))
         area = float(np.mean(areas))

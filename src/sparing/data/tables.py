@@ -105,7 +105,7 @@ def record_batches(
     source: Source,
     columns: Mapping[str, Column],
     layout: Layout | TableLayout | None = None,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> Iterator[tuple[str, np.ndarray, pa.RecordBatch]]:
     """Batches of some columns of a source, in its order: (where it is, its rows counted from 0, the batch).
 
@@ -116,13 +116,14 @@ def record_batches(
             ``polars.DataFrame`` or ``polars.LazyFrame``; or :class:`Part` of any of these.
         columns: their names, and whether they are text or numbers.
         layout: of text files; None: by their names.
-        rows: most rows of a batch.
+        rows: most rows of a batch; None: :data:`ROWS`.
 
     Raises:
         DataError: a file that is missing, damaged, or has no such column; a column of another kind.
         InvalidValue: a source of another kind.
     """
     arrow()
+    rows = ROWS if rows is None else rows
     if isinstance(source, Part):
         yield from _part(source, columns, layout, rows)
         return
