@@ -72,15 +72,19 @@ if TYPE_CHECKING:
     from sparing.core.training import Train
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
+    from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
     from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
     from sparing.engine.tuner import tune_production
     from sparing.models.bert import from_transformers
+    from sparing.models.ctr import without_zero_rows
+    from sparing.models.xdeepint import MultiHeadInteraction, PolynomialInteraction, XDeepInt
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
+    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, combined_optimizer
     from sparing.optimization.label_smoothing import SmoothLabels
     from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
     from sparing.optimization.leap_lightning import LEAPCallback
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
     from sparing.optimization.schedules import WarmupCosine
     from sparing.optimization.weight_norm import WeightNormalization, bake, unit_direction, weight_normalize
     from sparing.optimization.weight_norm_lightning import Reparametrization
+    from sparing.tasks.ctr import ClickThrough
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
@@ -168,12 +173,16 @@ _HOMES = {
     "sparing.core.training": ("Train",),
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
+    "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
     "sparing.engine.tuner": ("tune_production",),
     "sparing.models.bert": ("from_transformers",),
+    "sparing.models.ctr": ("without_zero_rows",),
+    "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
+    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "combined_optimizer"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -186,6 +195,7 @@ _HOMES = {
     "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.optimization.weight_norm": ("WeightNormalization", "bake", "unit_direction", "weight_normalize"),
     "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
+    "sparing.tasks.ctr": ("ClickThrough",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
@@ -195,6 +205,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "FTRL",
     "LEAP",
     "RPGD",
     "AuditBackdoor",
@@ -207,6 +218,11 @@ __all__ = [
     "BlockZoo",
     "BoFExit",
     "Budget",
+    "CTREncoder",
+    "CTRSchema",
+    "Categorical",
+    "ClickThrough",
+    "CombinedOptimizer",
     "Compile",
     "CondensationBackdoor",
     "Condense",
@@ -229,6 +245,7 @@ __all__ = [
     "Export",
     "GraphClassification",
     "GraphSetCondenser",
+    "GroupFTRL",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
@@ -245,15 +262,18 @@ __all__ = [
     "MinNormRegressor",
     "MissingDependency",
     "MultiExitModel",
+    "MultiHeadInteraction",
     "NoEffect",
     "NodeClassification",
     "NodeCondenser",
     "NotExportable",
+    "Numeric",
     "OptimisedTrigger",
     "OraclePolicy",
     "PatchTrigger",
     "PixelSpace",
     "PlacedExitPolicy",
+    "PolynomialInteraction",
     "PredictiveExit",
     "PredictiveExitPolicy",
     "Profile",
@@ -281,12 +301,14 @@ __all__ = [
     "WeightAverage",
     "WeightNormalization",
     "WordPiece",
+    "XDeepInt",
     "__version__",
     "apply_leap",
     "attach_exits",
     "bake",
     "build_model",
     "calibrate",
+    "combined_optimizer",
     "compile_encoder",
     "compile_model",
     "cost_report",
@@ -318,6 +340,7 @@ __all__ = [
     "tune_production",
     "unit_direction",
     "weight_normalize",
+    "without_zero_rows",
 ]
 
 

@@ -87,6 +87,15 @@ PARTS: dict[str, dict[str, Part]] = {
             "Your own texts: a TSV or CSV file with a column of texts and one of labels, or a folder train/val/test of "
             "such.",
         ),
+        "hflights": Part(
+            "sparing.tasks.ctr.hflights:HFlights",
+            "Flights from Houston in 2011: does one arrive over 15 minutes late? 223,874 rows, a fifth of them late.",
+        ),
+        "click_table": Part(
+            "sparing.tasks.ctr.own:ClickTable",
+            "Your own table of rows with a label 0 or 1: a CSV, TSV or Parquet file, or a folder train/val/test of "
+            "such.",
+        ),
         "masked_lm": Part(
             "sparing.tasks.text.masked_lm:MaskedLM",
             "Masked language modelling: pre-train a text encoder on unlabelled texts (Devlin et al. 2019).",
@@ -198,10 +207,24 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.convnet:ConvNet",
             "Plain ReLU convolutional network: stages at halving resolution, then a linear layer.",
         ),
+        "dcnv2": Part(
+            "sparing.models.ctr:DCNv2",
+            "Deep and cross network V2, parallel: cross layers beside a perceptron (Wang et al. 2021, "
+            "arXiv:2008.13535).",
+        ),
+        "deepfm": Part(
+            "sparing.models.ctr:DeepFM",
+            "A factorisation machine and a multilayer perceptron on the same embeddings (Guo et al. 2017, "
+            "arXiv:1703.04247).",
+        ),
         "emo": Part(
             "sparing.models.emo:EMO",
             "EMO image backbone: five stages of inverted residual mobile blocks, then a linear layer (Zhang et al. "
             "2023).",
+        ),
+        "fm": Part(
+            "sparing.models.ctr:FactorizationMachine",
+            "Factorisation machine of second order on categorical fields (Rendle 2010).",
         ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
@@ -213,11 +236,19 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.blocknet:LeNet",
             "LeNet-5 with ReLU and max pooling: two 5×5 convolutions, three linear layers (LeCun et al. 1998).",
         ),
+        "lr": Part(
+            "sparing.models.ctr:LogisticRegression",
+            "Logistic regression on categorical fields: a weight for each id, and a bias.",
+        ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(
             "sparing.models.mobilenet:MobileNet",
             "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear "
             "layer.",
+        ),
+        "remapped_ids": Part(
+            "sparing.models.ctr:RemappedIds",
+            "A model behind a list of where ids went: it takes the ids there were before rows were dropped.",
         ),
         "resnet": Part(
             "sparing.models.resnet:ResNet",
@@ -234,6 +265,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "vit": Part(
             "sparing.models.vit:ViT",
             "Plain vision transformer: patches, learned positions, equal blocks, mean over tokens, linear layer.",
+        ),
+        "xdeepint": Part(
+            "sparing.models.xdeepint:XDeepInt",
+            "xDeepInt: bounded-order interactions of categorical fields, vector-wise and bit-wise (Yan and Li 2020).",
         ),
     },
     "predictors": {
@@ -267,6 +302,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "centre_crop": Part("sparing.data.preprocessing:CentreCrop", "Images → their central (height, width) part."),
         "channels_first": Part("sparing.data.preprocessing:ChannelsFirst", "(N, H, W, C) → (N, C, H, W), contiguous."),
         "to_float": Part("sparing.data.preprocessing:ToFloat", "Integers 0…``full`` → float32 0…1."),
+        "encode_fields": Part(
+            "sparing.data.ctr:EncodeFields",
+            "Rows, mappings of a column to its value → ids, int64 (n, F), as a :class:`CTREncoder` gives them.",
+        ),
         "wordpiece": Part(
             "sparing.data.wordpiece:WordPiece",
             "Texts, or pairs of texts → numbers of word pieces, int64 (N, longest), padded behind.",

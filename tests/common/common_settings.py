@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -291,6 +292,28 @@ def tu_files(place: Path) -> Path:
     return place
 
 
+def click_table(place: Path) -> Path:
+    """A CSV file of a few rows, whose label follows from a shop and a price."""
+    path = place / "clicks.csv"
+    if not path.exists():
+        draw = np.random.RandomState(0)
+        shops, prices, numbers = draw.randint(0, 6, 400), draw.rand(400).round(4), range(400)
+        clicked = draw.rand(400) < 0.2 + 0.6 * ((shops % 2 == 0) ^ (prices > 0.5))
+        rows = [
+            f"{n},{shop},{price},{int(y)}" for n, shop, price, y in zip(numbers, shops, prices, clicked, strict=True)
+        ]
+        path.write_text("\n".join(["row,shop,price,label", *rows]))
+    return path
+
+
+def clicks() -> sparing.Task:
+    """The rows of :func:`click_table` in memory, for models of click-through data."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = registered_task("click_table", path=str(click_table(Path(folder))), exclude=["row"], val_share=0.2)
+        task.splits(None)
+    return task
+
+
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
@@ -316,6 +339,11 @@ TASKS = {
     "text_file": lambda data, scratch: TaskCase(
         lambda: registered_task("text_file", path=str(text_table(scratch)), length=10, vocab_size=60)
     ),
+    "hflights": lambda data, scratch: TaskCase(lambda: registered_task("hflights"), data),
+    "click_table": lambda data, scratch: TaskCase(
+        lambda: registered_task("click_table", path=str(click_table(scratch)), exclude=["row"]),
+        repeats="rows are known by six shops and 64 bins of prices",
+    ),
     "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
@@ -338,6 +366,7 @@ NEEDS_DATA = frozenset(
         "trec",
         "masked_lm",
         "squad",
+        "hflights",
     }
 )
 
@@ -364,5 +393,11 @@ MODELS = {
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
     "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
+    "lr": ModelCase("lr", clicks),
+    "fm": ModelCase("fm", clicks, {"dim": 4}),
+    "deepfm": ModelCase("deepfm", clicks, {"dim": 4, "widths": [6], "dropout": 0.1}),
+    "dcnv2": ModelCase("dcnv2", clicks, {"dim": 4, "widths": [6], "layers": 2, "rank": 3}),
+    "xdeepint": ModelCase("xdeepint", clicks, {"dim": 4, "num_layers": 2, "num_subspaces": 2}),
+    "remapped_ids": ModelCase("remapped_ids", clicks, {"model": {"name": "lr", "cardinalities": [2, 3]}}),
     "mlp": ModelCase("mlp", Digits, {"widths": [8], "dropout": 0.1}),
 }

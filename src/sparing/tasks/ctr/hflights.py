@@ -1,0 +1,89 @@
+"""Flights that left Houston in 2011: which will arrive late?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sparing.core.errors import InvalidValue
+from sparing.data.ctr import Categorical, CTRSchema, Numeric
+from sparing.data.root import Source as Published
+from sparing.data.tables import Source, arrow, evenly
+from sparing.tasks.ctr.base import ClickThrough
+
+HFLIGHTS = Published(
+    "hflights",
+    "Flights from Houston in 2011, late by more than 15 minutes or not",
+    "CC0",
+    "https://github.com/hadley/hflights",
+    (),
+    place="hflights_delay/hflights_delay.parquet",
+    made="A Parquet file with the columns label, month, day_of_month, day_of_week, day_of_year, sched_dep_minute, "
+    "carrier, flight_num, tail_num, origin, dest, distance and fold (0 … 9) belongs at {path}.",
+)
+LAST_TRAINING_DAY = 292
+"""Of the split by time."""
+
+
+class HFlights(ClickThrough):
+    """Flights from Houston in 2011: does one arrive over 15 minutes late? 223,874 rows, a fifth of them late.
+
+    Eleven fields known before departure: month, day of the month, of the week and of the year, the half hour of the
+    scheduled departure, carrier, flight, aircraft, origin, destination, and the distance in steps of half an octave.
+    Values in fewer than ``min_count`` training rows are unknown. Folds 0–7 train (a twentieth of them calibrates), fold
+    8 validates and fold 9 tests. Read from ``hflights_delay/hflights_delay.parquet`` under the data root.
+
+    With ``split="time"`` the folds are not looked at: days up to 292 train, validate and calibrate, later ones test.
+    Every day of the test is then unknown, so every model falls.
+
+    Args:
+        min_count: training rows a value must be in.
+        split: "fold" or "time".
+    """
+
+    name = "hflights"
+
+    def __init__(self, min_count: int = 5, split: Literal["fold", "time"] = "fold") -> None:
+        super().__init__()
+        if split not in ("fold", "time"):
+            raise InvalidValue(f'hflights: split = {split!r}; "fold" or "time" is expected')
+        self.min_count, self.split = min_count, split
+        self.schema(Path())
+        self._parts: dict[Path, dict[str, Any]] = {}
+
+    def schema(self, root: Path) -> CTRSchema:
+        """The eleven fields."""
+        names = "month day_of_month day_of_week day_of_year carrier flight_num tail_num origin dest"
+        fields: dict[str, Any] = {name: Categorical(name, self.min_count) for name in names.split()}
+        slot = Numeric("half_hour", "linear", 64, 30.0, None, self.min_count, column="sched_dep_minute")
+        distance = Numeric("distance", "log2", 64, 0.5, None, self.min_count)
+        ordered = [*list(fields.values())[:4], slot, *list(fields.values())[4:], distance]
+        return CTRSchema(tuple(ordered), "label")
+
+    def _read(self, root: Path) -> dict[str, Any]:
+        if root not in self._parts:
+            pa = arrow("the task hflights")
+            table = HFLIGHTS.read(root, lambda path: pa.parquet.read_table(path))
+            rows = np.arange(len(table))
+            if self.split == "fold":
+                fold = table["fold"].to_numpy()
+                training, val, test = fold <= 7, fold == 8, fold == 9
+            else:
+                test = table["day_of_year"].to_numpy() > LAST_TRAINING_DAY
+                val = ~test & (evenly(rows, 1) < 0.1)
+                training = ~test & ~val
+            cut = training & (evenly(rows) < 0.05)
+            masks = {"fitted": training, "train": training & ~cut, "val": val, "calibration": cut, "test": test}
+            self._parts[root] = {name: table.filter(pa.array(mask)) for name, mask in masks.items()}
+        return self._parts[root]
+
+    def sources(self, root: Path) -> Mapping[str, Source]:
+        """The rows of each split."""
+        return self._read(root)
+
+    def fitted_on(self, root: Path) -> Source:
+        """All that train or calibrate."""
+        return self._read(root)["fitted"]
