@@ -34,7 +34,10 @@ apidoc_modules = [
 ]
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Shapes", "params_style")]
-autodoc_default_options = {"ignore-module-all": True}  # a name that a package re-exports is documented once, at home
+autodoc_default_options = {
+    "ignore-module-all": True,  # a name that a package re-exports is documented once, at home
+    "exclude-members": "set_score_request",  # scikit-learn's, whose text refers to its own pages
+}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

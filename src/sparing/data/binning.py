@@ -47,5 +47,5 @@ def quantile_bins(x: Float[ndarray, " n"], edges: Float[ndarray, " e"]) -> Int[n
 
 
 def signed_log(x: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
-    """sign(x) ln(|x| + 1) of each number (n,): for numbers that are fed to a network as they are."""
+    """sign(x) ln(abs(x) + 1) of each number (n,): for numbers that are fed to a network as they are."""
     return np.sign(x) * np.log1p(np.abs(x))

@@ -41,7 +41,7 @@ def ftrl_update(
     """(w, z, n) after one step of FTRL-proximal with learning-rate power −½ (McMahan et al. 2013, algorithm 1).
 
         σ = (√(n + g²) − √n)/η,  z ← z + g − σ w,  n ← n + g²,
-        w = 0 where |z| ≤ λ1, else (sign(z) λ1 − z) / (√n/η + 2 λ2)
+        w = 0 where abs(z) ≤ λ1, else (sign(z) λ1 − z) / (√n/η + 2 λ2)
 
     λ2 counts twice, as in TensorFlow. ``lr`` is η, ``l1`` λ1, ``l2`` λ2; nothing that is given is changed.
     """
