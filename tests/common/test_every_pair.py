@@ -20,6 +20,12 @@ def store(tmp_path_factory):
     return Store(tmp_path_factory.mktemp("pairs") / "store")
 
 
+def joined(these, others):
+    """These steps and the others, of which those that do the same for both cases have the same id."""
+    ids = {step.id for step in these}
+    return [*these, *(step for step in others if step.id not in ids)]
+
+
 def without_checkpoints(step):
     """The cases keep a state after each batch, for the check of kills; here that is time spent on nothing."""
     fields = {field.name for field in dataclasses.fields(step)}
@@ -29,8 +35,7 @@ def without_checkpoints(step):
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(STEPS, STEPS)))
 def test_pair(first, second, store):
     one, two = STEPS[first], STEPS[second]
-    before = [*one.before, *(step for step in two.before if step not in one.before)]
-    after = [*two.after, *(step for step in one.after if step not in two.after)]
+    before, after = joined(one.before, two.before), joined(two.after, one.after)
     steps = [*before, dataclasses.replace(one.step, id="one"), dataclasses.replace(two.step, id="two"), *after]
     steps = [without_checkpoints(step) for step in steps]
     refused = ""
