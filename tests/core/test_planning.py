@@ -132,18 +132,18 @@ def test_a_row_that_is_named_must_stand_above_and_have_a_model():
 def test_steps_held_by_a_step_are_one_sequence_and_give_the_outside_nothing():
     assert accepted(Hold(one=Learn(), more=(Mask(), Shrink(), Follow(teacher="learn"))))
     assert problems(Hold(one=Mask(), more=(Learn(), Stages()))) == [
-        "steps[0] hold.one: 'mask' needs 'trained', which the job does not have there; steps that give it: "
+        "steps[0] 'hold'.one: 'mask' needs 'trained', which the job does not have there; steps that give it: "
         + ", ".join(
             sorted(name for name in PARTS["steps"] if "trained" in declared(registry.resolve("steps", name), "gives"))
         ),
-        "steps[0] hold.more[1]: 'stages' needs 'ordered_stages', which the job does not have there; "
+        "steps[0] 'hold'.more[1]: 'stages' needs 'ordered_stages', which the job does not have there; "
         "no installed step gives it: it comes with the task or the model",
     ]
     first, second = problems(Hold(one=Learn()), Mask(), Follow(teacher="learn"), Shrink())
     assert "'mask' needs 'trained'" in first
     assert "follow.teacher = 'learn' names no such row" in second
     (deep,) = problems(Hold(more=(Learn(), Hold(one=Hold(more=(Stages(),))))))
-    assert deep.startswith("steps[0] hold.more[1] hold.one hold.more[0]: 'stages' needs")
+    assert deep.startswith("steps[0] 'hold'.more[1] 'hold'.one 'hold'.more[0]: 'stages' needs")
 
 
 def test_after_a_change_of_task_its_capabilities_hold():
@@ -211,7 +211,7 @@ steps:
         (9, "follow.teacher = 'nobody' names no such row"),
         (6, "'mask' promises sparsity"),
         (8, "'pace' promises training"),
-        (10, "hold.one: 'stages' needs 'ordered_stages'"),
+        (10, "'hold'.one: 'stages' needs 'ordered_stages'"),
     ]:
         assert [line for line in lines if line.startswith(f"mine.yaml:{number}") and said in line], (said, lines)
     assert any("abacus" in line for line in lines)
