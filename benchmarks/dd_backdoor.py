@@ -597,12 +597,12 @@ def measure_gates() -> list[Claim]:
     judged = [name for name, _, _ in JUDGED.values()]
     known = [name for name, one in ATTACKS.items() if one.kind != "clean" and measured(name)]
     lost = {name: over_seeds(name, "points of cta lost") for name in known}
-    worst = max(judged, key=lambda name: lost[name])
+    worst = max((name for name in known if len(measured(name)) >= 5), key=lambda name: lost[name])
     return [
         *claims,
         Claim(
             id="clean_accuracy",
-            statement="these two attacks leave clean accuracy as it is on the clean set; the worse of them",
+            statement="attacked sets teach clean images as well as the clean set does; the worst attack of five sets",
             source=ISSUE,
             figure=lost[worst],
             unit=f"points of clean accuracy lost, mean over seeds; {described(worst)}",
