@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from collections.abc import Callable
@@ -34,3 +35,24 @@ def in_child(action: Callable[[], Any]) -> int:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+class Killed(Exception):
+    """As a kill."""
+
+
+class DeadlyKeeper:
+    """Keeps states in memory and raises :class:`Killed` after it has kept so many."""
+
+    def __init__(self, deadly: int) -> None:
+        self.state: Any = None
+        self.deadly = deadly
+
+    def load(self) -> Any:
+        return copy.deepcopy(self.state)
+
+    def save(self, state: Any) -> None:
+        self.state = copy.deepcopy(state)
+        self.deadly -= 1
+        if self.deadly == 0:
+            raise Killed

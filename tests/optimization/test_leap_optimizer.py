@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparing
+from faults import DeadlyKeeper, Killed
 from sparing.core.errors import InvalidValue, RecipeError
 from sparing.core.job import TrainingPlan
 from sparing.core.training import Train, fit
@@ -775,27 +776,10 @@ def test_through_fit_the_noise_is_the_seeds_and_goes_on_after_a_kill() -> None:
     settings = Train(epochs=3, batch_size=16, lr=0.02, scheduler="cosine", checkpoint_every_batches=2)
     splits = task.splits(None)
 
-    class Killed(Exception):
-        """As a kill."""
-
-    class Keeper:
-        def __init__(self, deadly: int) -> None:
-            self.state: Any = None
-            self.deadly = deadly
-
-        def load(self) -> Any:
-            return copy.deepcopy(self.state)
-
-        def save(self, state: Any) -> None:
-            self.state = copy.deepcopy(state)
-            self.deadly -= 1
-            if self.deadly == 0:
-                raise Killed
-
     torch.manual_seed(0)
     first = task.default_model()
     whole = fit(copy.deepcopy(first), task, splits.train, splits.val, settings, plan, seed=2)
-    keeper = Keeper(2)
+    keeper = DeadlyKeeper(2)
     with pytest.raises(Killed):
         fit(copy.deepcopy(first), task, splits.train, splits.val, settings, plan, seed=2, progress=keeper)
     assert keeper.state["optimizer_states"][0]["step"] > 0

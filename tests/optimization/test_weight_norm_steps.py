@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparing
+from faults import DeadlyKeeper, Killed
 from sparing.compression.pruning import BlockPrune
 from sparing.core.errors import InvalidValue, RecipeError
 from sparing.core.job import TrainingPlan
@@ -51,30 +51,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Killed(Exception):
-    """As a kill."""
-
-
-class Keeper:
-    def __init__(self, deadly: int) -> None:
-        self.state: Any = None
-        self.deadly = deadly
-
-    def load(self) -> Any:
-        return copy.deepcopy(self.state)
-
-    def save(self, state: Any) -> None:
-        self.state = copy.deepcopy(state)
-        self.deadly -= 1
-        if self.deadly == 0:
-            raise Killed
-
-
 @pytest.mark.parametrize("step", [WeightNormalization(init="data"), TWO_PHASES], ids=["weight_norm", "rpgd"])
 def test_a_killed_training_ends_as_one_that_was_not(step: Any) -> None:
     """Scales are shrunk, and set from data, once."""
     whole = fitted(step)
-    keeper = Keeper(2)
+    keeper = DeadlyKeeper(2)
     with pytest.raises(Killed):
         fitted(step, keeper)
     assert same(fitted(step, keeper), whole)

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from sparing.core.errors import CorruptFile, DataError, InvalidValue
 from sparing.core.files import put_in_place, sha256_of
 
 T = TypeVar("T")
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 CHUNK = 1 << 20
 ATTEMPTS = 3
 TIMEOUT = 30.0
@@ -93,6 +94,27 @@ def own_data(task: str, path: str, root: Path, expected: str) -> Path:
             return place
     looked = " nor ".join(str(place) for place in places)
     raise DataError(f"{task}: path = {path!r}: neither {looked} exists; {expected} is expected")
+
+
+def own_splits(task: str, path: str, root: Path, expected: str, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Split → file of a user's own data: a file is "train"; a folder holds one for train, and may for val and test.
+
+    Files are named after their split and end in one of ``suffixes``; val may be called valid, validation or dev.
+    """
+    place = own_data(task, path, root, expected)
+    if place.is_file():
+        return {"train": place}
+    files: dict[str, Path] = {}
+    for split, names in SPLITS.items():
+        found = [place / f"{name}{suffix}" for name in names for suffix in suffixes]
+        found = [file for file in found if file.is_file()]
+        if len(found) > 1:
+            raise DataError(f"{found[0]} and {found[1]} both are the split {split!r}; one file is expected")
+        if found:
+            files[split] = found[0]
+    if "train" not in files:
+        raise DataError(f"{place}: no file train{suffixes[0]} (or {', '.join(suffixes[1:])}) in it")
+    return files
 
 
 def data_root(given: Path | str | None = None) -> Path:

@@ -8,11 +8,10 @@ from typing import Any
 
 from sparing.core.errors import DataError, InvalidValue, did_you_mean
 from sparing.data.ctr import Categorical, CTRSchema, Field, Numeric, avazu_schema, criteo_schema
-from sparing.data.root import own_data
+from sparing.data.root import own_splits
 from sparing.data.tables import LAYOUTS, Layout, Part, Source, column_kinds
 from sparing.tasks.ctr.base import ClickThrough
 
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz", ".parquet", ".pq")
 
 
@@ -79,20 +78,7 @@ class ClickTable(ClickThrough):
 
     def _files(self, root: Path) -> dict[str, Path]:
         expected = "a CSV, TSV or Parquet file, or a folder with such files,"
-        place = own_data("click_table", self.path, root, expected)
-        if place.is_file():
-            return {"train": place}
-        files: dict[str, Path] = {}
-        for split, names in SPLITS.items():
-            there = [place / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-            there = [file for file in there if file.is_file()]
-            if len(there) > 1:
-                raise DataError(f"{there[0]} and {there[1]} both are the split {split!r}; one file is expected")
-            if there:
-                files[split] = there[0]
-        if "train" not in files:
-            raise DataError(f"{place}: no file train{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}) in it")
-        return files
+        return own_splits("click_table", self.path, root, expected, SUFFIXES)
 
     def sources(self, root: Path) -> Mapping[str, Source]:
         """The files there are; of the training file the part that no other split is drawn from."""

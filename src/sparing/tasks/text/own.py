@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sparing.core.errors import DataError, InvalidValue
-from sparing.data.root import data_root, own_data
+from sparing.data.root import data_root, own_splits
 from sparing.data.text import Labelled, read_labelled, read_table
 from sparing.tasks.text.base import PIECES
 from sparing.tasks.text.classification import ClassifiedTexts, cut_shares
 
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz")
 
 
@@ -63,20 +62,7 @@ class TextFile(ClassifiedTexts):
 
     def _files(self, root: Path) -> dict[str, Path]:
         expected = "a TSV or CSV file with a column of texts and one of labels, or a folder with such files,"
-        place = own_data("text_file", self.path, root, expected)
-        if place.is_file():
-            return {"train": place}
-        files: dict[str, Path] = {}
-        for split, names in SPLITS.items():
-            found = [place / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-            found = [file for file in found if file.is_file()]
-            if len(found) > 1:
-                raise DataError(f"{found[0]} and {found[1]} both are the split {split!r}; one file is expected")
-            if found:
-                files[split] = found[0]
-        if "train" not in files:
-            raise DataError(f"{place}: no file train{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}) in it")
-        return files
+        return own_splits("text_file", self.path, root, expected, SUFFIXES)
 
     def _tables(self, root: Path) -> tuple[tuple[str, ...], dict[str, Labelled]]:
         """(classes, the parts there are files of); read once for each data folder."""
