@@ -357,17 +357,17 @@ def combined_optimizer(
 
     Args:
         model: any module; its tables are the weights of its ``nn.Embedding`` layers. Frozen parameters are left out.
-        alpha: as are ``beta``, ``lambda1``, ``lambda2`` and ``loss_reduction``, for the tables.
-        beta: see above.
-        lambda1: see above.
-        lambda2: see above.
-        lr: as are ``l1``, ``l2`` and ``initial_accumulator``, for everything else.
-        l1: see above.
-        l2: see above.
-        initial_accumulator: see above.
+        alpha: learning rate of the tables.
+        beta: added to √n in their denominator, at least 0.
+        lambda1: strength of their group lasso.
+        lambda2: their L2.
+        lr: learning rate of everything else.
+        l1: its L1.
+        l2: its L2, which counts twice.
+        initial_accumulator: its n before the first step, more than 0.
         sparse: whether to set ``sparse=True`` on the embedding layers, so that their gradients are. The result is the
             same, and a step takes time for the rows of its batch.
-        loss_reduction: see above.
+        loss_reduction: of the loss that is trained on; "mean" warns of a ``lambda1`` that would zero nearly everything.
 
     Raises:
         InvalidValue: a model without a table to train; arguments outside the bounds of the two.
