@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
     from sparing.compression.shrinking import Shrink, shrink
+    from sparing.compression.zero_rows import DropZeroRows
     from sparing.condensation.coresets import CoresetSelector
     from sparing.condensation.graphs import GraphSetCondenser
     from sparing.condensation.images import ImageCondenser
@@ -84,7 +85,7 @@ if TYPE_CHECKING:
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
-    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, combined_optimizer
+    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, GroupFtrl, combined_optimizer
     from sparing.optimization.label_smoothing import SmoothLabels
     from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
     from sparing.optimization.leap_lightning import LEAPCallback
@@ -140,6 +141,7 @@ _HOMES = {
     "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
     "sparing.compression.shrinking": ("Shrink", "shrink"),
+    "sparing.compression.zero_rows": ("DropZeroRows",),
     "sparing.condensation.coresets": ("CoresetSelector",),
     "sparing.condensation.graphs": ("GraphSetCondenser",),
     "sparing.condensation.images": ("ImageCondenser",),
@@ -182,7 +184,7 @@ _HOMES = {
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
     "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
-    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "combined_optimizer"),
+    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "GroupFtrl", "combined_optimizer"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -236,6 +238,7 @@ __all__ = [
     "DataError",
     "Distil",
     "DistillationLoss",
+    "DropZeroRows",
     "EarlyExitPredictor",
     "Ema",
     "EnergyModel",
@@ -246,6 +249,7 @@ __all__ = [
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
+    "GroupFtrl",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
