@@ -186,6 +186,17 @@ def column_of(field: Field) -> str:
     return field.column or field.name
 
 
+def fields_of(kinds: Mapping[str, Column], min_count: int = 5) -> tuple[Field, ...]:
+    """Fields that follow from the kinds of columns: numbers become bins of equal shares, all else a category.
+
+    Missing numbers are unknown. ``min_count`` is that of the categories.
+    """
+    return tuple(
+        Numeric(name, "quantile", missing="unknown") if kind == "number" else Categorical(name, min_count)
+        for name, kind in kinds.items()
+    )
+
+
 def criteo_schema(min_count: int = 21, binning: Literal["log_square", "libffm"] = "log_square") -> CTRSchema:
     """Criteo's 13 numbers (a missing one is 0) and 26 categories; the published recipe keeps values seen over 20 times.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.core.errors import DataError, InvalidValue, did_you_mean
-from sparing.data.ctr import Categorical, CTRSchema, Field, Numeric, avazu_schema, criteo_schema
+from sparing.data.ctr import Categorical, CTRSchema, avazu_schema, criteo_schema, fields_of
 from sparing.data.root import own_splits
 from sparing.data.tables import LAYOUTS, Layout, Part, Source, column_kinds
 from sparing.tasks.ctr.base import ClickThrough
@@ -111,11 +111,7 @@ class ClickTable(ClickThrough):
             if name not in kinds:
                 there = ", ".join(map(repr, kinds))[:500]
                 raise DataError(f"{file}: no column {name!r}.{did_you_mean(name, kinds)} Columns: {there}")
-        fields: list[Field] = [
-            Numeric(name, "quantile", missing="unknown") if kind == "number" else Categorical(name, self.min_count)
-            for name, kind in kinds.items()
-            if name != self.label and name not in self.exclude
-        ]
-        if not fields:
+        left = {name: kind for name, kind in kinds.items() if name != self.label and name not in self.exclude}
+        if not left:
             raise DataError(f"{file}: no column besides the label {self.label!r} to predict it from")
-        return CTRSchema(tuple(fields), self.label)
+        return CTRSchema(fields_of(left, self.min_count), self.label)
