@@ -130,7 +130,7 @@ def test_given_fields_and_a_leak(table: Path, tmp_path: Path) -> None:
         ({"fields": [{"kind": "numeric", "name": "price", "bins": 3}]}, InvalidValue, "no schema"),
         ({"layout": "cvs"}, InvalidValue, "Did you mean 'csv'"),
         ({"test_share": 0}, InvalidValue, "test_share = 0"),
-        ({"test_share": 0.9, "val_share": 0.2}, InvalidValue, "add up to 1.15"),
+        ({"test_share": 0.9, "val_share": 0.2}, InvalidValue, r"test_share \+ val_share \+ calibration_share = 1.15"),
         ({"min_count": 0}, InvalidValue, "min_count = 0"),
         ({"path": "nowhere.csv"}, DataError, "nowhere.csv"),
     ],

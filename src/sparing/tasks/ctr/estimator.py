@@ -22,6 +22,7 @@ from sparing.core.step import Step
 from sparing.core.training.step import Train
 from sparing.data.ctr import CTREncoder, CTRSchema, Field, fields_of
 from sparing.data.images import stratified_cut
+from sparing.data.root import cut_shares
 from sparing.data.tables import Source, arrow, column_kinds
 from sparing.tasks.ctr.base import EVALUATION_BATCH, ClickThrough
 
@@ -201,12 +202,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         if self.model not in MODELS:
             hint = did_you_mean(self.model, MODELS) if isinstance(self.model, str) else ""
             raise InvalidValue(f"model = {shown(self.model)}; one of {', '.join(MODELS)} is needed.{hint}")
-        if (
-            isinstance(self.val_share, bool)
-            or not isinstance(self.val_share, int | float)
-            or not 0 < self.val_share < 1
-        ):
-            raise InvalidValue(f"val_share = {self.val_share!r}; a share above 0 and below 1 is expected")
+        cut_shares("CTRClassifier", val=self.val_share)
         name = self.optimizer or ("group_ftrl" if self.model == "xdeepint" else "Adam")
         more = dict(self.optimizer_fields or {})
         fields: dict[str, Any] = {
