@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_svmlight_file
 
 from sparing.core.errors import CorruptFile, DataError, InvalidValue
 from sparing.data import ctr, tables
@@ -33,7 +34,9 @@ from sparing.data.ctr import (
     in_published_training,
     leaking,
     read_libffm,
+    read_libsvm,
     write_libffm,
+    write_libsvm,
 )
 from sparing.data.tables import TableLayout, column_names, record_batches
 
@@ -340,6 +343,30 @@ def test_other_libffm_text_is_refused_with_its_line(line: str, tmp_path: Path) -
     (tmp_path / "rows.ffm").write_text(f"0 0:0:1\n{line}\n")
     with pytest.raises(DataError, match=r"rows\.ffm:2: "):
         list(read_libffm(tmp_path / "rows.ffm", 3))
+
+
+def test_libsvm_text_there_and_back_and_as_scikit_learn_reads_it(tmp_path: Path) -> None:
+    encoder = CTREncoder(SCHEMA).fit(table())
+    sizes = encoder.cardinalities  # 2, 4 and 2, so that the fields begin at 1, 3 and 7
+    assert write_libsvm(encoder.transform(table(), 4), sizes, tmp_path / "rows.svm") == 6
+    assert (tmp_path / "rows.svm").read_text().splitlines()[2:4] == ["0 2:1 3:1 7:1", "1 5:1 7:1"]
+    ids, labels = zip(*read_libsvm(tmp_path / "rows.svm", sizes, batch_size=4), strict=True)
+    assert [len(part) for part in ids] == [4, 2]
+    assert np.concatenate(ids).tolist() == IDS
+    assert np.concatenate(labels).tolist() == ROWS["label"]
+    matrix, read = load_svmlight_file(str(tmp_path / "rows.svm"), n_features=8, zero_based=False)
+    first = np.cumsum([0, *sizes])
+    assert [sorted(row.nonzero()[1].tolist()) for row in matrix] == [
+        [int(first[f]) + n for f, n in enumerate(row) if n >= 0] for row in IDS
+    ]
+    assert read.tolist() == ROWS["label"]
+
+
+@pytest.mark.parametrize("line", ["2 1:1", "1 0:1", "1 9:1", "1 1:0.5", "1 1:1 2:1", "1 a:1", "1 1", "1 1:2:1"])
+def test_other_libsvm_text_is_refused_with_its_line(line: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.svm").write_text(f"0 1:1\n{line}\n")
+    with pytest.raises(DataError, match=r"rows\.svm:2: "):
+        list(read_libsvm(tmp_path / "rows.svm", (2, 4, 2)))
 
 
 # --- leaks
