@@ -311,7 +311,9 @@ def _check_fragile(training: Step, place: str, stand: _Standing, problems: list[
             continue
         if promise in stand.at_risk:
             keepers = [
-                name for name in _steps_with("fragile", promise) if "training" in resolve("steps", name).promises
+                name
+                for name in _steps_with("fragile", promise)
+                if "training" in declared(resolve("steps", name), "promises")
             ]
             problems.append(
                 f"{place}: {training.id!r} would undo the {promise} of {step.id!r} at {made}; "
