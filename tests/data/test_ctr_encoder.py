@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_svmlight_file
 
-from sparing.core.errors import CorruptFile, DataError, InvalidValue
+from sparing.core.errors import CorruptFile, DataError, InvalidRecord, InvalidValue
 from sparing.data import ctr, tables
 from sparing.data.binning import libffm_bins, linear_bins, log2_bins, log_square_bins, quantile_bins
 from sparing.data.ctr import (
@@ -260,7 +260,7 @@ def test_missing_numbers(binning: Any) -> None:
         encoder = CTREncoder(CTRSchema((Numeric("x", binning, missing=missing),))).fit(rows)
         assert encoder.encode(rows)[2:, 0].tolist() == [expected, expected]
         assert encoder.encode(rows)[0, 0] == 0
-    with pytest.raises(DataError, match=r"the table, row 2: no number in 'x'; say missing=\"zero\" or"):
+    with pytest.raises(InvalidRecord, match=r"the table, row 2: no number in 'x'; say missing=\"zero\" or"):
         CTREncoder(CTRSchema((Numeric("x", binning),))).fit(rows)
 
 
@@ -424,8 +424,10 @@ def test_the_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_data_is_named(change: dict[str, list[Any]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as found:
         CTREncoder(SCHEMA).fit(pa.table({**ROWS, **change}))
+    # a value that is not allowed is a ValueError too, a column of another kind is not
+    assert isinstance(found.value, ValueError) == ("row 2" in message)
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

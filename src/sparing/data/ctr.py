@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from numpy import ndarray
 
-from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, did_you_mean, shown
+from sparing.core.errors import CorruptFile, DataError, InvalidRecord, InvalidValue, SparingError, did_you_mean, shown
 from sparing.core.files import aside, canonical_json, folder_atomic, put_in_place, read_json, remove, write_json
 from sparing.core.fingerprint import fingerprint
 from sparing.core.metrics import roc_auc
@@ -257,7 +257,7 @@ class Clicks:
                 f"ids of shape {ids.shape} and labels of shape {labels.shape}; (n, F) and (n,) are needed"
             )
         for row in np.flatnonzero((labels != 0) & (labels != 1))[:1]:
-            raise DataError(f"row {row}: the label is {labels[row]:g}; 0 or 1 is expected")
+            raise InvalidRecord(f"row {row}: the label is {labels[row]:g}; 0 or 1 is expected")
         self.ids, self.labels = ids, labels
 
     @classmethod
@@ -460,7 +460,8 @@ class CTREncoder:
             UserWarning: for columns that alone predict the label (see :func:`leaking`).
 
         Raises:
-            DataError: unreadable data; no row; a label other than 0 and 1; NaN without a rule for missing values.
+            DataError: unreadable data; no row.
+            InvalidRecord: a label other than 0 and 1; NaN without a rule for missing values.
         """
         counters: list[Any] = [None] * len(self.schema.fields)
         for place, field in enumerate(self.schema.fields):
@@ -590,7 +591,9 @@ class CTREncoder:
         label = self.schema.label
         values = batch.column(label).to_numpy()
         for row in np.flatnonzero((values != 0) & (values != 1))[:1]:
-            raise DataError(f"{where}, row {numbers[row]}: the label {label!r} is {values[row]:g}; 0 or 1 is expected")
+            raise InvalidRecord(
+                f"{where}, row {numbers[row]}: the label {label!r} is {values[row]:g}; 0 or 1 is expected"
+            )
         return values
 
     def _ids(self, batch: Any, where: str, numbers: np.ndarray) -> Int[ndarray, "n f"]:
@@ -687,7 +690,7 @@ def _values(field: Any, batch: Any, where: str, numbers: np.ndarray) -> np.ndarr
     if field.missing == "zero":
         return np.where(missing, 0.0, values)
     for row in np.flatnonzero(missing)[:1] if field.missing is None else ():
-        raise DataError(
+        raise InvalidRecord(
             f'{where}, row {numbers[row]}: no number in {column_of(field)!r}; say missing="zero" or missing="unknown"'
         )
     return values
@@ -863,7 +866,7 @@ def _text_line(
 ) -> tuple[float, np.ndarray]:
     label, *entries = line.split()
     if label not in ("0", "1", "-1", "+1"):
-        raise DataError(f"{where}: the label is {shown(label)}; 0 or 1 (or −1) is expected")
+        raise InvalidRecord(f"{where}: the label is {shown(label)}; 0 or 1 (or −1) is expected")
     row = np.full(fields, -1, np.int64)
     for entry in entries:
         parts = entry.split(":")
