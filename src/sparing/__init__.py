@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
+    from sparing.data.feature_map import FeatureMap
     from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.engine.compiler import compile_encoder
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from sparing.optimization.weight_norm import WeightNormalization, bake, unit_direction, weight_normalize
     from sparing.optimization.weight_norm_lightning import Reparametrization
     from sparing.tasks.ctr import ClickThrough
+    from sparing.tasks.ctr.estimator import CTRClassifier
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
@@ -176,6 +178,7 @@ _HOMES = {
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
+    "sparing.data.feature_map": ("FeatureMap",),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.engine.compiler": ("compile_encoder",),
@@ -198,6 +201,7 @@ _HOMES = {
     "sparing.optimization.weight_norm": ("WeightNormalization", "bake", "unit_direction", "weight_normalize"),
     "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
     "sparing.tasks.ctr": ("ClickThrough",),
+    "sparing.tasks.ctr.estimator": ("CTRClassifier",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
@@ -220,6 +224,7 @@ __all__ = [
     "BlockZoo",
     "BoFExit",
     "Budget",
+    "CTRClassifier",
     "CTREncoder",
     "CTRSchema",
     "Categorical",
@@ -246,6 +251,7 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FeatureMap",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
