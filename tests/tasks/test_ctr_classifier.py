@@ -149,6 +149,8 @@ def test_it_is_saved_and_loaded(fitted: CTRClassifier, tmp_path: Path) -> None:
     assert {**again.get_params(), "fields": None} == {**fitted.get_params(), "fields": None}
     assert list(again.fields) == list(fitted.fields)
     assert again.feature_names_in_.tolist() == ["shop", "price", "day"]
+    assert again.n_features_in_ == fitted.n_features_in_ == 3
+    assert again.predict_proba({"shop": np.array([], str), "price": np.array([])}).shape == (0, 2)
     model = sparing.load(tmp_path / "it" / "model")
     raw = [{"shop": "b", "price": 0.2}, {"shop": "zz", "price": None}]
     np.testing.assert_allclose(

@@ -451,7 +451,7 @@ class GroupFtrl(Step):
                 f"{', '.join(kinds) or 'nothing that is'}"
             )
         rows = sum(layer.num_embeddings for layer in layers)
-        job.notes.remarks.append(f"the next training zeroes rows of {len(layers)} tables, which have {rows:,} together")
+        job.notes.remarks.append(f"the next training takes G-FTRL for tables of {rows:,} rows, FTRL for all else")
         reduction = job.task.loss_reduction
         if reduction == "mean" and self.lambda1 > MEAN_LOSS_LAMBDA:
             job.notes.remarks.append(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy import ndarray
 from scipy.sparse import issparse
+from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.multiclass import check_classification_targets
@@ -120,12 +121,12 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         predictor = self._fitted().predictor_
         ids = self._ids(X)
         parts = [np.asarray(predictor(ids[at : at + EVALUATION_BATCH])) for at in range(0, len(ids), EVALUATION_BATCH)]
-        return np.concatenate(parts).astype(np.float64)
+        return np.concatenate([np.empty(0), *parts])
 
     def predict_proba(self, X: Any) -> ndarray:
         """Probabilities (n, 2), in the order of ``classes_``."""
         logits = self.decision_function(X)
-        return 1 / (1 + np.exp(np.stack([logits, -logits], 1)))
+        return np.stack([expit(-logits), expit(logits)], 1)
 
     def predict(self, X: Any) -> ndarray:
         """The likelier label of each row (n,)."""
@@ -135,7 +136,8 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
     def unknown_shares(self, X: Any) -> dict[str, float]:
         """For each field the share of rows whose value is missing, new or too rare, so that it says nothing."""
         ids = self._fitted()._ids(X)
-        return {f.name: float((ids[:, at] < 0).mean()) for at, f in enumerate(self.encoder_.schema.fields)}
+        unknown = (ids < 0).sum(0) / max(len(ids), 1)
+        return {field.name: float(share) for field, share in zip(self.encoder_.schema.fields, unknown, strict=True)}
 
     # --- keeping
 
@@ -149,6 +151,7 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             "given": self.fields is not None,
             "classes": self.classes_.tolist(),
             "type": self.classes_.dtype.str,
+            "columns": self.n_features_in_,
             "names": None if self._names is None else list(self._names),
             "sparsity": self.sparsity_,
             "curves": {name: [list(point) for point in points] for name, points in self.curves_.items()},
@@ -174,12 +177,12 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             if made.classes_.shape != (2,):
                 raise ValueError(f"classes {kept['classes']}; two are expected")
             made._names = None if kept["names"] is None else tuple(map(str, kept["names"]))
+            made.n_features_in_ = int(kept["columns"])
             made.sparsity_ = {str(name): float(share) for name, share in kept["sparsity"].items()}
             made.curves_ = {str(n): [(float(x), float(y)) for x, y in points] for n, points in kept["curves"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFile(f"{folder} holds no estimator that can be read: {error}") from error
         made.encoder_, made.predictor_ = encoder, predictor
-        made.n_features_in_ = len(encoder.schema.columns(label=False))
         if made._names is not None:
             made.feature_names_in_ = np.array(made._names, object)
         return made
