@@ -410,6 +410,16 @@ def test_the_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((counts > 85) & (counts < 165)).all()  # 125 are expected, standard deviation 9.7
 
 
+def test_reading_keeps_nothing_of_a_file_that_has_been_read(tmp_path: Path) -> None:
+    numbers = np.random.RandomState(0).random_sample(1_000_000)
+    pq.write_table(pa.table({"x": numbers}), tmp_path / "rows.parquet", row_group_size=50_000, compression="none")
+    before, most = pa.total_allocated_bytes(), 0
+    for _, rows, _ in record_batches(tmp_path / "rows.parquet", {"x": "number"}):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert rows[-1] == len(numbers) - 1
+    assert most < numbers.nbytes / 2
+
+
 # --- refusals
 
 
