@@ -415,8 +415,8 @@ def test_reading_keeps_nothing_of_a_file_that_has_been_read(tmp_path: Path) -> N
     pq.write_table(pa.table({"x": numbers}), tmp_path / "rows.parquet", row_group_size=50_000, compression="none")
     before, most = pa.total_allocated_bytes(), 0
     for _, rows, _ in record_batches(tmp_path / "rows.parquet", {"x": "number"}):
-        most = max(most, pa.total_allocated_bytes() - before)
-    assert rows[-1] == len(numbers) - 1
+        most, last = max(most, pa.total_allocated_bytes() - before), rows[-1]
+    assert last == len(numbers) - 1
     assert most < numbers.nbytes / 2
 
 
