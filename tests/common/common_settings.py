@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from functools import cache, partial
 from pathlib import Path
@@ -158,10 +159,10 @@ class EmptyRows(ClickTable):
 
     def default_model(self) -> nn.Module:
         sizes = [count + 3 for count in self.encoder.cardinalities]
-        model = build_model("xdeepint", cardinalities=sizes, dim=4, num_layers=2, num_subspaces=2)
+        model = build_model("fnn", cardinalities=sizes, dim=4, widths=[8])
         with torch.no_grad():
-            for field in range(len(sizes)):
-                model.embedding.field(field)[-3:] = 0
+            for table, field in itertools.product(model.tables, range(len(sizes))):
+                table.field(field)[-3:] = 0
         return model
 
 
@@ -218,7 +219,7 @@ STEPS = {
         nothing="any optimizer makes steps that can be perturbed; with rho = 0 it is the control, and says so",
     ),
     "group_ftrl": StepCase(
-        sparing.GroupFtrl(lambda1=0.5),
+        sparing.GroupFtrl(lambda1=2),
         after=(PLAIN, sparing.DropZeroRows(id="realised")),
         task=clicks,
         nothing=StepCase(sparing.GroupFtrl(), task=poolings, nothing="is the case"),
