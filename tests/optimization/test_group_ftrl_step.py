@@ -186,6 +186,10 @@ def test_what_a_recipe_must_hold(task: ClickTable) -> None:
 def test_what_has_no_table_is_refused(task: ClickTable, store: Store) -> None:
     with pytest.raises(NoEffect, match=r"'group_ftrl': ConvNet has no embedding table .*; it has .*Conv2d, Linear"):
         sparing.GroupFtrl().apply(begin(tiny_task(), store=store))
+    words = torch.nn.Sequential(torch.nn.Embedding(9, 2), torch.nn.Flatten(), torch.nn.Linear(4, 1))
+    with pytest.raises(IncompatibleStep, match=r"'group_ftrl': Sequential .* could not be dropped; with lambda1 = 0"):
+        sparing.GroupFtrl().apply(begin(task, words, store=store))
+    assert sparing.GroupFtrl(lambda1=0).apply(begin(task, words, store=store)).training.optimizer is not None
     with pytest.raises(IncompatibleStep, match="ConvNet does not take ids of fields"):
         sparing.DropZeroRows().apply(begin(tiny_task(), store=store))
     with pytest.raises(NoEffect, match="none of the 303 rows of FactorizationMachine is zero in all its tables"):

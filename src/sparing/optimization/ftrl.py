@@ -24,8 +24,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.core.errors import InvalidValue, NoEffect, shown
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, shown
 from sparing.core.step import Stage, Step, step
+from sparing.models.ctr import CTRModel, RemappedIds
 
 if TYPE_CHECKING:
     from sparing.core.job import Job
@@ -450,6 +451,11 @@ class GroupFtrl(Step):
             raise NoEffect(
                 f"{self.id!r}: {type(model).__name__} has no embedding table (nn.Embedding) that is trained; it has "
                 f"{', '.join(kinds) or 'nothing that is'}"
+            )
+        if self.lambda1 and not isinstance(model, CTRModel | RemappedIds):
+            raise IncompatibleStep(
+                f"{self.id!r}: {type(model).__name__} does not take ids of fields, so its rows of zeros could not be "
+                "dropped; with lambda1 = 0 none becomes zero"
             )
         rows = sum(layer.num_embeddings for layer in layers)
         job.notes.remarks.append(f"the next training takes G-FTRL for tables of {rows:,} rows, FTRL for all else")
