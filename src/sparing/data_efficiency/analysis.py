@@ -30,6 +30,8 @@ from sparing.data_efficiency.metrics import CorpusStatistic, DifficultyMetric
 from sparing.data_efficiency.settings import changes, whole_number
 
 SHARD = 1 << 18
+MAPPED = 1 << 26
+"""Bytes that are read through one mapping: they are in memory as long as it is there."""
 BINS = 5000
 """A metric of real numbers with more different values is rounded down to a grid of so many."""
 
@@ -337,12 +339,14 @@ def _map_shard(
 ) -> None:
     """Values of one shard for all metrics: its batches are read once."""
     dataset, batch_size, collate, index_field, size = common
-    dataset = _reopened(dataset)
-    found: list[list[np.ndarray]] = [[] for _ in jobs]
+    found: list[np.ndarray | None] = [None] * len(jobs)
     totals: list[np.ndarray | None] = [None] * len(jobs)
     numbers: list[np.ndarray] = []
-    for start in range(first, last, batch_size):
+    every = max(1, MAPPED // max(1, batch_size * _mapped_bytes(dataset)))
+    for number, start in enumerate(range(first, last, batch_size)):
         stop = min(start + batch_size, last)
+        if number % every == 0:
+            dataset = _reopened(dataset)
         batch = _batch(dataset, start, stop, collate)
         if isinstance(batch, Mapping) and index_field in batch:
             numbers.append(_numbers(batch[index_field], start, stop, size, index_field))
@@ -351,23 +355,32 @@ def _map_shard(
                 if isinstance(job, CorpusStatistic):
                     totals[i] = _summed(totals[i], np.asarray(job(batch)), job.name)
                 else:
-                    found[i].append(_checked(job.values(batch), start, stop, job.name))
+                    values = _checked(job.values(batch), start, stop, job.name)
+                    room = found[i] = _room(found[i], last - first, values.dtype)
+                    room[start - first : stop - first] = values
             except (DataError, InvalidValue) as error:
                 raise type(error)(f"{job.name!r}, samples {start} … {stop - 1}: {error}") from error
     if numbers and sum(map(len, numbers)) != last - first:
         raise DataError(f"only some batches of samples {first} … {last - 1} have the field {index_field!r}")
-    for (job, folder), values, total in zip(jobs, found, totals, strict=True):
+    for (job, folder), joined, total in zip(jobs, found, totals, strict=True):
         if isinstance(job, CorpusStatistic):
             assert total is not None
             arrays, facts = {"total": total}, {}
         else:
-            joined = np.concatenate(values)
+            assert joined is not None
             arrays = {"values": joined} | ({"ids": np.concatenate(numbers)} if numbers else {})
             real = joined.dtype.kind == "f"
             least, greatest = (x.item() for x in (joined.min(), joined.max()))
             facts = {"real": real, "least": least, "greatest": greatest}
         said = {name: _store(folder / f"part-{shard:05d}.{name}.npy", array) for name, array in arrays.items()}
         files.write_json(folder / f"part-{shard:05d}.json", {"range": [first, last], "arrays": said, **facts})
+
+
+def _room(values: np.ndarray | None, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Where the values of a shard go; of real numbers as soon as one batch has them."""
+    if values is None:
+        return np.empty(count, dtype)
+    return values.astype(np.float64) if dtype.kind == "f" and values.dtype.kind != "f" else values
 
 
 def _batch(dataset: Any, start: int, stop: int, collate: Callable[[list[Any]], Any] | None) -> Any:
@@ -413,6 +426,15 @@ def _reopened(dataset: Any) -> Any:
         order = "C" if dataset.flags.c_contiguous else "F"
         return np.memmap(dataset.filename, dataset.dtype, "r", dataset.offset, dataset.shape, order)
     return dataset
+
+
+def _mapped_bytes(dataset: Any) -> int:
+    """Bytes of a sample that are read through mappings."""
+    if isinstance(dataset, Mapping):
+        return sum(map(_mapped_bytes, dataset.values()))
+    if isinstance(dataset, np.memmap) and isinstance(dataset.base, mmap.mmap):
+        return dataset.nbytes // len(dataset)
+    return 0
 
 
 def _numbers(given: Any, start: int, stop: int, size: int, field: str) -> np.ndarray:
@@ -493,9 +515,10 @@ def _is_whole(folder: Path, shard: int, limits: tuple[int, int]) -> bool:
 
 
 def _store(file: Path, array: np.ndarray) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, allow_pickle=False)
-    content = buffer.getbuffer()
+    header = io.BytesIO()
+    array = np.asarray(array, order="C")
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    content = b"".join((header.getvalue(), array.data))
     files.write_atomic(file, content)
     return {"dtype": array.dtype.str, "sha256": hashlib.sha256(content).hexdigest()}
 
