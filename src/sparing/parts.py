@@ -138,9 +138,17 @@ PARTS: dict[str, dict[str, Part]] = {
             "Replace the training data by a few samples: synthetic ones that teach nearly as much, or a chosen core "
             "set.",
         ),
+        "curriculum": Part(
+            "sparing.data_efficiency.curriculum:Curriculum",
+            "Begin the next training with easy samples, or short ones, and let harder ones in as it goes on.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
+        ),
+        "drop_tokens": Part(
+            "sparing.data_efficiency.token_dropping:DropTokens",
+            "Let the middle layers compute a random part of the tokens in the next training, a part that grows to all.",
         ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
@@ -170,6 +178,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "smooth_labels": Part(
             "sparing.optimization.label_smoothing:SmoothLabels",
             "Train towards labels that are a little unsure: each gives a share of its weight to all classes alike.",
+        ),
+        "token_lr": Part(
+            "sparing.data_efficiency.tokens:TokenLr",
+            "Let the learning rate of the next training follow the tokens consumed, and end it at a budget of them.",
         ),
         "transfer": Part(
             "sparing.core.transfer:Transfer",
