@@ -124,9 +124,7 @@ class Gpt(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def encode(
-        self, ids: Shaped[Tensor, "..."], mask: Shaped[Tensor, "..."] | None = None
-    ) -> Float[Tensor, "n t dim"]:
+    def encode(self, ids: Shaped[Tensor, "..."], mask: Shaped[Tensor, "..."] | None = None) -> Float[Tensor, "n t dim"]:
         """Token numbers (N, T), mask (N, T) → what the last block gives, normalised (N, T, dim)."""
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise InvalidValue(
