@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
+    from sparing.tasks.text.language_modelling import score_texts
     from sparing.tasks.text.spans import postprocess_spans, squad_metrics
 
 __version__ = "0.1.0"
@@ -200,6 +201,7 @@ _HOMES = {
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
+    "sparing.tasks.text.language_modelling": ("score_texts",),
     "sparing.tasks.text.spans": ("postprocess_spans", "squad_metrics"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -331,6 +333,7 @@ __all__ = [
     "quantize_ptq",
     "run",
     "save_condensed",
+    "score_texts",
     "sharpness",
     "shrink",
     "squad_metrics",
