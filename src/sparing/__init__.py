@@ -74,6 +74,17 @@ if TYPE_CHECKING:
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
     from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.data_efficiency.analysis import DataAnalyzer
+    from sparing.data_efficiency.callbacks import CurriculumCallback, TokenCount, TokenDroppingCallback, TokenLRCallback
+    from sparing.data_efficiency.config import DataEfficiency
+    from sparing.data_efficiency.curriculum import Curriculum
+    from sparing.data_efficiency.index import DifficultyIndex
+    from sparing.data_efficiency.metrics import Composed, DifficultyMetric, SequenceLength, VocabularyRarity
+    from sparing.data_efficiency.pacing import PacingFunction
+    from sparing.data_efficiency.postprocessing import reshape_batch, truncate_batch
+    from sparing.data_efficiency.sampler import CurriculumCollate, CurriculumItems, CurriculumMetric, CurriculumSampler
+    from sparing.data_efficiency.token_dropping import DropTokens, drop_tokens
+    from sparing.data_efficiency.tokens import TokenCounter, TokenLR, TokenLr
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
@@ -176,6 +187,27 @@ _HOMES = {
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.data_efficiency.analysis": ("DataAnalyzer",),
+    "sparing.data_efficiency.callbacks": (
+        "CurriculumCallback",
+        "TokenCount",
+        "TokenDroppingCallback",
+        "TokenLRCallback",
+    ),
+    "sparing.data_efficiency.config": ("DataEfficiency",),
+    "sparing.data_efficiency.curriculum": ("Curriculum",),
+    "sparing.data_efficiency.index": ("DifficultyIndex",),
+    "sparing.data_efficiency.metrics": ("Composed", "DifficultyMetric", "SequenceLength", "VocabularyRarity"),
+    "sparing.data_efficiency.pacing": ("PacingFunction",),
+    "sparing.data_efficiency.postprocessing": ("reshape_batch", "truncate_batch"),
+    "sparing.data_efficiency.sampler": (
+        "CurriculumCollate",
+        "CurriculumItems",
+        "CurriculumMetric",
+        "CurriculumSampler",
+    ),
+    "sparing.data_efficiency.token_dropping": ("DropTokens", "drop_tokens"),
+    "sparing.data_efficiency.tokens": ("TokenCounter", "TokenLR", "TokenLr"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
@@ -226,6 +258,7 @@ __all__ = [
     "ClickThrough",
     "CombinedOptimizer",
     "Compile",
+    "Composed",
     "CondensationBackdoor",
     "Condense",
     "ConfidenceRule",
@@ -233,11 +266,22 @@ __all__ = [
     "CorruptFile",
     "CostModel",
     "CubicSchedule",
+    "Curriculum",
+    "CurriculumCallback",
+    "CurriculumCollate",
+    "CurriculumItems",
+    "CurriculumMetric",
+    "CurriculumSampler",
     "CustomTask",
     "DVFSGovernor",
+    "DataAnalyzer",
+    "DataEfficiency",
     "DataError",
+    "DifficultyIndex",
+    "DifficultyMetric",
     "Distil",
     "DistillationLoss",
+    "DropTokens",
     "EarlyExitPredictor",
     "Ema",
     "EnergyModel",
@@ -272,6 +316,7 @@ __all__ = [
     "Numeric",
     "OptimisedTrigger",
     "OraclePolicy",
+    "PacingFunction",
     "PatchTrigger",
     "PixelSpace",
     "PlacedExitPolicy",
@@ -285,6 +330,7 @@ __all__ = [
     "Rpgd",
     "ScalingOptimizer",
     "Selection",
+    "SequenceLength",
     "Shrink",
     "SmoothLabels",
     "SparingError",
@@ -293,12 +339,19 @@ __all__ = [
     "Task",
     "Teacher",
     "TextClassification",
+    "TokenCount",
+    "TokenCounter",
+    "TokenDroppingCallback",
+    "TokenLR",
+    "TokenLRCallback",
+    "TokenLr",
     "Train",
     "TrainingDiverged",
     "Transfer",
     "UnknownName",
     "UnrolledCondenser",
     "UntrustedCode",
+    "VocabularyRarity",
     "WarmupCosine",
     "WeightAverage",
     "WeightNormalization",
@@ -316,6 +369,7 @@ __all__ = [
     "cost_report",
     "detect_blocks",
     "distill_blocks",
+    "drop_tokens",
     "extract_blocks",
     "from_transformers",
     "hessian_trace",
@@ -331,6 +385,7 @@ __all__ = [
     "profile_blocks",
     "profile_latency",
     "quantize_ptq",
+    "reshape_batch",
     "run",
     "save_condensed",
     "score_texts",
@@ -340,6 +395,7 @@ __all__ = [
     "step",
     "train_exits",
     "train_wordpiece",
+    "truncate_batch",
     "tune_production",
     "unit_direction",
     "weight_normalize",

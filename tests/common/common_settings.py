@@ -142,6 +142,11 @@ def lines() -> sparing.Task:
     return task
 
 
+def no_difference(batch):
+    """Samples that are all equally difficult."""
+    return np.zeros(len(batch[0]), np.int64)
+
+
 STEPS = {
     "train": StepCase(
         sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),
@@ -263,6 +268,28 @@ STEPS = {
         nothing="every training has weights to average",
     ),
     "smooth_labels": StepCase(sparing.SmoothLabels(), after=(LAST,), nothing="it always adds a term"),
+    "curriculum": StepCase(
+        sparing.Curriculum(
+            metrics={"sequence_length": {}, "vocabulary_rarity": {"start": 50}},
+            postprocess="truncate",
+            length={"start": 4},
+        ),
+        after=(PLAIN,),
+        task=lines,
+        nothing=StepCase(sparing.Curriculum(metrics={"same": {}}, own={"same": no_difference}), nothing="is the case"),
+    ),
+    "drop_tokens": StepCase(
+        sparing.DropTokens(start=2, multiple=1),
+        after=(PLAIN,),
+        task=lines,
+        nothing=StepCase(sparing.DropTokens(start=500), task=lines, nothing="is the case"),
+    ),
+    "token_lr": StepCase(
+        sparing.TokenLr(),
+        after=(PLAIN,),
+        task=lines,
+        nothing="every training has a learning rate",
+    ),
     "warmup_cosine": StepCase(
         sparing.WarmupCosine(warmup_share=0.25), after=(LAST,), nothing="every training has a learning rate"
     ),

@@ -12,6 +12,7 @@ import hashlib
 import io
 import mmap
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import Num
 
 from sparing.core import files
+from sparing.core.bar import Bar
 from sparing.core.collation import items_of
 from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, StoreError, shown
 from sparing.core.fingerprint import fingerprint
@@ -209,15 +211,16 @@ class DataAnalyzer:
                 tasks.append((missing, shard, *self._range(shard)))
         processes = self.num_workers if worker is None else 1
         common = (self.dataset, self.batch_size, self.collate, self.index_field, self.size)
+        shown_tasks = _with_bar(tasks, f"analysing {', '.join(job.name for job in jobs)}")
         if processes == 1:
-            for task in tasks:
+            for task in shown_tasks:
                 _map_shard(common, *task)
             return
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         try:
-            Parallel(n_jobs=processes)(delayed(_map_shard)(common, *task) for task in tasks)
+            Parallel(n_jobs=processes)(delayed(_map_shard)(common, *task) for task in shown_tasks)
         except TerminatedWorkerError as error:
             raise SparingError(
                 f"a process of the analysis was ended from outside (out of memory?): {error}. Finished shards are kept "
@@ -328,6 +331,18 @@ class DataAnalyzer:
 
 
 # --- pieces of a map -------------------------------------------------------------------------------------------------
+
+
+def _with_bar(tasks: Sequence[Any], text: str) -> Iterator[Any]:
+    """The tasks, with a bar on a terminal that grows as they are given out."""
+    bar = Bar()
+    try:
+        for number, task in enumerate(tasks):
+            if bar.due and sys.stderr.isatty():
+                bar.draw(number, len(tasks), text)
+            yield task
+    finally:
+        bar.stop()
 
 
 def _map_shard(

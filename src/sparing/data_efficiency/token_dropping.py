@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, Shaped
 from pydantic import Field
 from torch import Tensor, nn
 
-from sparing.core.errors import IncompatibleStep, InvalidValue, SparingError, did_you_mean, shown
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError, did_you_mean, shown
 from sparing.core.randomness import derive_seed
 from sparing.core.step import Stage, Step, step
 from sparing.data_efficiency.pacing import PacingFunction, linear
@@ -555,7 +555,7 @@ class DropTokens(Step):
         length, layers = seen_length(model, job.task, self.stack or None)
         schedule = self.schedule(1000, length)
         if schedule.min_difficulty >= length:
-            raise IncompatibleStep(
+            raise NoEffect(
                 f"{self.id}: {schedule.min_difficulty:g} tokens are kept from the first step on, and a sequence has "
                 f"{length}: none would ever be dropped"
             )
