@@ -142,6 +142,18 @@ def lines() -> sparing.Task:
     return task
 
 
+def sentences() -> sparing.Task:
+    """Texts of 3 to 8 words for language modelling, each a sample of its length."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sentences.txt"
+        path.write_text("\n".join(" ".join(row) for row in word_rows() * 2))
+        task = registered_task(
+            "text_corpus", path=str(path), length=24, level="characters", samples="lines", split="tail"
+        )
+        task.splits(None)
+    return task
+
+
 def no_difference(batch):
     """Samples that are all equally difficult."""
     return np.zeros(len(batch[0]), np.int64)
@@ -275,19 +287,19 @@ STEPS = {
             length={"start": 4},
         ),
         after=(PLAIN,),
-        task=lines,
+        task=sentences,
         nothing=StepCase(sparing.Curriculum(metrics={"same": {}}, own={"same": no_difference}), nothing="is the case"),
     ),
     "drop_tokens": StepCase(
         sparing.DropTokens(start=2, multiple=1),
         after=(PLAIN,),
-        task=lines,
-        nothing=StepCase(sparing.DropTokens(start=500), task=lines, nothing="is the case"),
+        task=sentences,
+        nothing=StepCase(sparing.DropTokens(start=500), task=sentences, nothing="is the case"),
     ),
     "token_lr": StepCase(
         sparing.TokenLr(),
         after=(PLAIN,),
-        task=lines,
+        task=sentences,
         nothing="every training has a learning rate",
     ),
     "warmup_cosine": StepCase(

@@ -478,7 +478,10 @@ def _chosen(
 
 
 def seen_length(model: nn.Module, task: Any, stack: str | None = None) -> tuple[int, int]:
-    """(T, L): tokens that the first block of a model is given of the task's example input, and the number of blocks.
+    """(T, L): tokens of a full sequence as the blocks are given it, and the number of blocks.
+
+    T is the task's ``length`` where it has one, and what the first block is given of the example input where that is
+    more: examples vary in length.
 
     Raises :class:`IncompatibleStep` for a model without a stack of blocks that take hidden states of three axes.
     """
@@ -504,7 +507,8 @@ def seen_length(model: nn.Module, task: Any, stack: str | None = None) -> tuple[
             f"the blocks of {type(model).__name__} ({type(blocks[0]).__name__}) are given {found}; sequences of "
             "tokens, of three axes, are needed"
         )
-    return shapes[0][1], len(blocks)
+    length = getattr(task, "length", None)
+    return max(shapes[0][1], length if isinstance(length, int) else 1), len(blocks)
 
 
 @step("drop_tokens")
