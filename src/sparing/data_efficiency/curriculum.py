@@ -8,6 +8,7 @@ batch is ``postprocess``, with the pace ``length``. The paper's seqtru_voc, for 
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,8 +155,8 @@ def vocabulary_of(task: Any) -> int:
     raise IncompatibleStep(f"the task {task.name!r} has no vocabulary; say how many tokens there are by vocab_size")
 
 
-def postprocessing(kind: Postprocess, shifted: bool, pad_id: int | None = None) -> Callable[[Any, float | None], Any]:
-    """(batch, difficulty) → batch, for batches that are mappings, tensors, or tuples of tensors such as (ids, labels).
+class Postprocessing:
+    """(batch, difficulties) → batch, for batches that are mappings, tensors, or tuples of tensors: (ids, labels), say.
 
     Args:
         kind: "truncate", "reshape" or "longest" (see :mod:`sparing.data_efficiency.postprocessing`).
@@ -163,23 +164,26 @@ def postprocessing(kind: Postprocess, shifted: bool, pad_id: int | None = None) 
         pad_id: the number of padding where a batch has no ``attention_mask``.
     """
 
-    def process(batch: Any, difficulty: float | None) -> Any:
+    def __init__(self, kind: Postprocess, shifted: bool, pad_id: int | None = None) -> None:
+        self.kind, self.shifted, self.pad_id = kind, shifted, pad_id
+
+    def __call__(self, batch: Any, difficulties: Mapping[str, float]) -> Any:
+        """The batch, cut or folded to the length among its difficulties, or to its longest member."""
         # the functions are torch's, which a recipe that is only looked at need not load
         from sparing.data_efficiency.postprocessing import reshape_batch, trim_batch, truncate_batch
 
-        parts = {str(place): part for place, part in enumerate(batch)} if isinstance(batch, tuple | list) else batch
-        if kind == "longest":
-            if isinstance(parts, Mapping) and "attention_mask" not in parts and pad_id is not None and "0" in parts:
-                cut: Any = trim_batch({**parts, "attention_mask": parts["0"] != pad_id})
-                cut.pop("attention_mask")
-            else:
-                cut = trim_batch(parts)
+        several = isinstance(batch, tuple | list)
+        parts = {str(place): part for place, part in enumerate(batch)} if several else batch
+        if self.kind == "truncate":
+            cut: Any = truncate_batch(parts, int(difficulties[LENGTH]), shifted=self.shifted)
+        elif self.kind == "reshape":
+            cut = reshape_batch(parts, int(difficulties[LENGTH]), shifted=self.shifted)
+        elif several and self.pad_id is not None:
+            cut = trim_batch({**parts, "attention_mask": parts["0"] != self.pad_id})
+            del cut["attention_mask"]
         else:
-            assert difficulty is not None
-            cut = (truncate_batch if kind == "truncate" else reshape_batch)(parts, int(difficulty), shifted=shifted)
-        return type(batch)(cut.values()) if isinstance(batch, tuple | list) else cut
-
-    return process
+            cut = trim_batch(parts)
+        return type(batch)(cut.values()) if several else cut
 
 
 # --- the batches of a training ---------------------------------------------------------------------------------------
@@ -277,7 +281,7 @@ class CurriculumBatches(Batches):
             sampler, per_epoch = self.drawn, len(self) // self.accumulate
             known = [mark for mark in self._marks if mark <= epoch]
             if sampler.step > epoch * per_epoch or any(mark * per_epoch > sampler.step for mark in known):
-                sampler.load_state_dict(self._marks[max(known)] if known else self._first())
+                sampler.load_state_dict(self._marks[max(known)] if known else sampler.state_dict(0))
             found: list[tuple[np.ndarray, dict[str, float]]] = []
             for number_, (indices, difficulties) in enumerate(sampler.global_batches(), sampler.step):
                 if number_ >= epoch * per_epoch:
@@ -289,9 +293,6 @@ class CurriculumBatches(Batches):
             self._mark(epoch + 1)
             self._epoch = (epoch, found)
         return self._epoch[1]
-
-    def _first(self) -> dict[str, Any]:
-        return {**self.drawn.state_dict(0), "step": 0, "difficulties": {}, "clusters": [], "offset": 0}
 
     def _mark(self, epoch: int) -> None:
         """Remember the state at the beginning of an epoch; the last two are enough."""
@@ -525,8 +526,9 @@ class Curriculum(Step):
                 size = vocabulary_of(job.task) if self.vocab_size is None else self.vocab_size
                 made.append(VocabularyRarity(size, fields, name=part))
             elif isinstance(given, DifficultyMetric):
-                given.name = part
-                made.append(given)
+                named = copy.copy(given)
+                named.name = part
+                made.append(named)
             else:
                 made.append(FunctionMetric(part, cast("Callable[[Any], Any]", given)))
         if len(made) == 1:
@@ -554,7 +556,7 @@ class Curriculum(Step):
         """The post-processing, tried on a few samples."""
         if self.postprocess == "none":
             return None
-        process = postprocessing(self.postprocess, "causal_lm" in job.task.capabilities, padding_of(job.task))
+        process = Postprocessing(self.postprocess, "causal_lm" in job.task.capabilities, padding_of(job.task))
         batch = self._sample(job)
         if isinstance(batch, tuple | list) and not all(hasattr(part, "shape") for part in batch):
             raise IncompatibleStep(
@@ -562,11 +564,10 @@ class Curriculum(Step):
                 f"says of the tokens would be wrong after postprocess = {self.postprocess!r}"
             )
         try:
-            shortest = None if full is None else self._length(1000, full).min_difficulty
-            process(batch, shortest)
+            process(batch, {} if full is None else {LENGTH: self._length(1000, full).min_difficulty})
         except InvalidValue as error:
             raise IncompatibleStep(
                 f"{self.id}: postprocess = {self.postprocess!r} cannot be done to the batches of {job.task.name!r}: "
                 f"{error}"
             ) from error
-        return lambda given, difficulties: process(given, difficulties.get(LENGTH))
+        return process

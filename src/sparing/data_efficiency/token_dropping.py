@@ -547,6 +547,11 @@ class DropTokens(Step):
     allow_ends: bool = False
     """Let the first and the last layer drop tokens as well."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is not None and self.end is not None and self.start > self.end:
+            raise InvalidValue(f"{self.id}: start = {self.start}, end = {self.end}; start ≤ end is expected")
+
     def schedule(self, total: int, length: int) -> PacingFunction:
         """r_t of a training of ``total`` optimizer steps on sequences of ``length`` tokens."""
         end = length if self.end is None else self.end
@@ -572,8 +577,12 @@ class DropTokens(Step):
             "seed": derive_seed(job.seed, "token dropping"),
         }
         try:
-            # a forward pass that drops tokens, so that a model that does not take it is known before the training
-            with drop_tokens(model, schedule, rank=0, **settings) as tried, torch.no_grad(), warnings.catch_warnings():
+            # a forward pass that keeps one token, so that a model that does not take it is known before the training
+            with (
+                drop_tokens(model, linear(1, length, 1e9), rank=0, **settings) as tried,
+                torch.no_grad(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 model.train()(*job.task.example_input(2))
         except (InvalidValue, RuntimeError) as error:
