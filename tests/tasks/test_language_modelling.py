@@ -214,7 +214,7 @@ def test_distilling_compares_the_tokens_that_count(tmp_path: Path):
         ("ab" * 200, {"length": 32}, r"tokens of the split '\w+' are fewer than a window of length \+ 1 = 33"),
         ("", {}, r"corpus\.txt: holds no text"),
         ("   \n  ", {}, "holds no text"),
-        ("abc", {"length": 4}, "no text is left for the split 'calibration'"),
+        ("abc", {"length": 4}, "no text is left for the split 'val'"),
         ("a b c d e f g h", {"split": "documents"}, "1 documents for train, calibration, val, test"),
     ],
     ids=["short", "empty", "blank", "three", "one"],
