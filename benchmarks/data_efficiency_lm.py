@@ -1,6 +1,7 @@
 """Does data efficiency train language models better on one budget of tokens?
 
-python benchmarks/data_efficiency_lm.py [curriculum] [curriculum_ltd] [ltd_no_worse] [pilot_budget] [longer_budget]
+python benchmarks/data_efficiency_lm.py [curriculum] [curriculum_ltd] [ltd_no_worse] [pilot_budget] [us_addresses]
+    [longer_budget]
 
 Plain PyTorch loops with the library's sampler, pacing, post-processing, token dropping and token clock. They are kept
 in the system's folder for temporary files as they end, so an interrupted benchmark goes on where it was.
@@ -14,6 +15,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +30,25 @@ from _claims import Claim, main
 from _kept import Kept
 from sparing.core.randomness import isolated_rng
 from sparing.core.statistics import difference_over_seeds
+from sparing.data import sequences, tokenizing
+from sparing.data.sequences import Sequences, pad_sequences, read_documents
 from sparing.data.text import first_of, read_text
-from sparing.data_efficiency import pacing, postprocessing, sampler, token_dropping, tokens
-from sparing.data_efficiency.pacing import linear
-from sparing.data_efficiency.postprocessing import truncate_batch
+from sparing.data.tokenizing import BytePairs, train_byte_pairs
+from sparing.data_efficiency import (
+    analysis,
+    index,
+    metrics,
+    pacing,
+    postprocessing,
+    sampler,
+    token_dropping,
+    tokens,
+)
+from sparing.data_efficiency.analysis import DataAnalyzer
+from sparing.data_efficiency.index import DifficultyIndex
+from sparing.data_efficiency.metrics import Composed, SequenceLength, TokenFields, VocabularyRarity
+from sparing.data_efficiency.pacing import linear, root
+from sparing.data_efficiency.postprocessing import trim_batch, truncate_batch
 from sparing.data_efficiency.sampler import CurriculumMetric, CurriculumSampler
 from sparing.data_efficiency.token_dropping import drop_tokens
 from sparing.data_efficiency.tokens import TokenCounter, TokenLR
@@ -260,6 +277,120 @@ def compared(
     )
 
 
+# --------------------------------------------------------------------------------------------------------- us_addresses
+
+
+class Addresses(NamedTuple):
+    """Lines of the addresses, padded to one width."""
+
+    ids: Tensor
+    """Training lines (n, LENGTH + 1)."""
+    mask: Tensor
+    """1 for a token (n, LENGTH + 1)."""
+    held: Tensor
+    """Lines of every tenth document (n, LENGTH + 1)."""
+    held_mask: Tensor
+    vocabulary: int
+    indexes: dict[str, DifficultyIndex]
+
+
+METRICS = ("seqlen", "vocab_rarity", "seqlen_vocab_rarity")
+PERCENTILES, DEGREE, SHARE, TOKENS = (10, 100), 2, 0.6, 2000
+
+
+@functools.cache
+def addresses() -> Addresses:
+    """Every tenth document is held out; byte pairs of the others; each non-empty line is a sample."""
+    documents = read_documents(_data() / "lm_text" / "us_addresses.jsonl.gz")
+    train = [document for number, document in enumerate(documents) if number % 10]
+    pairs = BytePairs(*train_byte_pairs(train, TOKENS), LENGTH, begin=True)
+
+    def lines(chosen: Sequence[str]) -> Sequences:
+        return Sequences.rows(
+            pairs.begun([line for text in chosen for line in text.split("\n") if line.strip()]), LENGTH
+        )
+
+    samples = lines(train)
+    fields = TokenFields()
+    rarity = VocabularyRarity(len(pairs.vocabulary), fields)
+    chosen = [SequenceLength(fields), rarity, Composed([SequenceLength(fields), rarity], LENGTH + 1)]
+    with tempfile.TemporaryDirectory(prefix="sparing-addresses-") as folder:  # the indexes stay mapped into memory
+        indexes = DataAnalyzer(samples, chosen, folder, collate=pad_sequences).run()
+    whole, held = (pad_sequences([part[i] for i in range(len(part))]) for part in (samples, lines(documents[::10])))
+    return Addresses(
+        whole["input_ids"],
+        whole["attention_mask"],
+        held["input_ids"],
+        held["attention_mask"],
+        len(pairs.vocabulary),
+        indexes,
+    )
+
+
+def train_addresses(seed: int, metric: str | None, budget: int) -> dict[str, float]:
+    """Lines as a curriculum over ``metric`` releases them, or all from the beginning; batches as wide as need be."""
+    data = addresses()
+    per_line = float((data.mask.sum(1) - 1).double().mean())
+    low, high = PERCENTILES
+    growing = (
+        linear(high, high, 1) if metric is None else root(low, high, SHARE * budget / (BATCH * per_line), 1, DEGREE)
+    )
+    released = CurriculumMetric(growing, data.indexes[metric or METRICS[0]], "percentile")
+    run = Run(data.vocabulary, seed, budget)
+    for chosen in CurriculumSampler({"lines": released}, BATCH, math.ceil(budget / BATCH), seed):
+        whole = {"input_ids": data.ids[list(chosen)], "attention_mask": data.mask[list(chosen)]}
+        batch = trim_batch(whole, multiple=1)
+        if run.step(batch["input_ids"], batch["attention_mask"]):
+            break
+    figures = run.figures()
+    nats, real = losses(run.model, data.held), data.held_mask[:, 1:] != 0
+    lengths = real.sum(1)
+    groups = {
+        f"loss of lines of {a + 1}–{b} tokens": nats[among][real[among]]
+        for a, b in itertools.pairwise((0, 16, 32, 64, LENGTH))
+        for among in [(lengths > a) & (lengths <= b)]
+    }
+    loss = float(nats[real].mean())
+    return {"loss": loss, **{name: float(each.mean()) for name, each in groups.items()}, **figures}
+
+
+def measure_addresses() -> list[Claim]:
+    """Curricula by what lines are, beside none, on the budget of the gates."""
+    depends = (pacing, postprocessing, sampler, analysis, index, metrics, tokens, gpt, tokenizing, sequences)
+    kept = Kept("data-efficiency-addresses", *depends, Run, decoder, addresses, losses, train_addresses,
+                *(str(v) for v in SETTINGS.values()), str((PERCENTILES, DEGREE, SHARE, TOKENS)))  # fmt: skip
+    found: dict[str, list[dict[str, float]]] = {"baseline": [], **{name: [] for name in METRICS}}
+    for seed in SEEDS:
+        for name in found:
+            metric = None if name == "baseline" else name
+            found[name].append(
+                kept.once(f"{name}, {BUDGET}, seed {seed}", lambda: train_addresses(seed, metric, BUDGET))  # noqa: B023  # called at once
+            )
+    settings = SETTINGS | {
+        "effective tokens": f"{BUDGET}, padding not counted",
+        "batch": f"{BATCH} lines, cut to the longest of them",
+        "tokens": f"byte pairs, {TOKENS}, made of the training documents; lines are cut to {LENGTH}",
+        "curriculum": f"percentiles {PERCENTILES}, root {DEGREE}, over {SHARE:.0%} of the baseline's expected steps",
+        "loss": "lines of every tenth document, all tokens, nats per token",
+        "examined on": "nothing: the rates are those of tinyshakespeare",
+    }
+    return [
+        compared(
+            f"data_efficiency_us_addresses_{name}",
+            f"on the addresses a curriculum by {name} ends better than the baseline after the same tokens",
+            SHEET,
+            found,
+            name,
+            settings,
+            gate=False,
+        )
+        for name in METRICS
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
 def measure_gate(arm: str, id_: str, statement: str, limit: tuple[str, float] = ("<", 0.0)) -> list[Claim]:
     settings = SETTINGS | {"effective tokens": BUDGET}
     return [compared(id_, statement, ISSUE, shakespeare_runs(BUDGET), arm, settings, limit)]
@@ -307,6 +438,7 @@ BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
         ("<=", 0.03),
     ),
     "pilot_budget": functools.partial(measure_budget, PILOT, "data_efficiency_pilot_budget"),
+    "us_addresses": measure_addresses,
     "longer_budget": functools.partial(measure_budget, LONGER, "data_efficiency_longer_budget"),
 }
 

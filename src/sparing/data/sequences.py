@@ -107,7 +107,7 @@ def cut_tail(documents: Sequence[str], shares: Mapping[str, float]) -> dict[str,
     """All characters in order: first "train", then a share for each split; a document on a border is cut there."""
     total = sum(map(len, documents))
     ends = np.cumsum([1 - sum(shares.values()), *shares.values()])
-    borders = [0, *(round(total * float(end)) for end in ends)]
+    borders = [0, *(int(round(total * float(end), 6)) for end in ends[:-1]), total]
     parts: dict[str, list[str]] = {}
     for name, first, last in zip(("train", *shares), borders, borders[1:], strict=False):
         begin, parts[name] = 0, []
@@ -128,7 +128,7 @@ class Sequences:
         ends: where it ends, int64 (N,); all sequences have at least 2 tokens, so that there is one to predict.
     """
 
-    def __init__(self, ids: Int[ndarray, " t"], starts: Int[ndarray, " n"], ends: Int[ndarray, " n"]) -> None:
+    def __init__(self, ids: Int[ndarray, " t"], starts: Int[ndarray, " _"], ends: Int[ndarray, " _"]) -> None:
         self.ids, self.starts, self.ends = np.asarray(ids), np.asarray(starts), np.asarray(ends)
         if self.starts.shape != self.ends.shape or self.starts.ndim != 1:
             raise InvalidValue(f"starts {self.starts.shape} and ends {self.ends.shape}; both (N,) are expected")

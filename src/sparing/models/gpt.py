@@ -144,8 +144,29 @@ class Gpt(nn.Module):
         return self.norm(x)
 
     def forward(
-        self, ids: Int[Tensor, "..."], mask: Shaped[Tensor, "..."] | None = None
+        self, ids: Shaped[Tensor, "..."], mask: Shaped[Tensor, "..."] | None = None
     ) -> Float[Tensor, "n t vocab_size"]:
         """Token numbers (N, T), mask (N, T) → logits (N, T, vocab_size) of the token after each."""
         hidden = self.encode(ids, mask)
         return linear(hidden, self.words.weight) if self.head is None else self.head(hidden)
+
+
+class LogitsOf(nn.Module):
+    """A causal language model of the package ``transformers``, such as a ``GPT2LMHeadModel``, as tasks expect one.
+
+    Shapes: token numbers (N, T) → logits of the next token (N, T, vocab_size), and nothing else. The model itself is
+    ``model``, and is trained: token dropping and the like find its blocks there.
+
+    Args:
+        model: takes ``input_ids``, and gives an output with ``logits``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise InvalidValue(f"model is a {type(model).__name__}; a causal model of transformers is expected")
+        self.model = model
+
+    def forward(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t vocab_size"]:
+        """Token numbers (N, T) → logits (N, T, vocab_size)."""
+        return self.model(input_ids=ids, use_cache=False).logits
