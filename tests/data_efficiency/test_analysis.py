@@ -328,6 +328,12 @@ def test_bad_values_are_named(tmp_path, function, named):
         DataAnalyzer(np.arange(20)[:, None], [FunctionMetric("m", function, "1")], tmp_path, batch_size=5).run()
 
 
+def test_items_that_make_no_batch_are_named(tmp_path):
+    data = [torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2, 3])]
+    with pytest.raises(DataError, match=r"samples 0 … 2 cannot be made a batch: RuntimeError: stack expects"):
+        DataAnalyzer(data, [SequenceLength(PADDED)], tmp_path).run()
+
+
 def test_an_error_in_a_process_ends_the_analysis(tmp_path):
     with pytest.raises(RuntimeError, match="a bug of the user's"):
         DataAnalyzer(

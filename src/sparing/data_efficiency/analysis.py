@@ -403,9 +403,22 @@ def _batch(dataset: Any, start: int, stop: int, collate: Callable[[list[Any]], A
         return {name: column[start:stop] for name, column in dataset.items()}
     if _is_array(dataset):
         return dataset[start:stop]
+    return collated(dataset, range(start, stop), collate)
+
+
+def collated(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None) -> Any:
+    """A batch of these items of a map-style dataset; :class:`DataError` for items that make none."""
     from torch.utils.data import default_collate
 
-    return (collate or default_collate)(items_of(dataset, range(start, stop)))
+    items = items_of(dataset, rows)
+    try:
+        return (collate or default_collate)(items)
+    except SparingError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"samples {rows[0]} … {rows[-1]} cannot be made a batch: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_array(dataset: Any) -> bool:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import numpy as np
 from pydantic import Field
 
-from sparing.core.collation import items_of
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect, did_you_mean, shown
 from sparing.core.step import Stage, Step, step
 from sparing.core.training.batches import Batches, IndexBatch
@@ -390,7 +389,7 @@ class Curriculum(Step):
     """Name of a metric → its pace, and ``difficulty``: percentile or value. Empty: only ``postprocess`` is paced."""
     postprocess: Postprocess = "none"
     """What is done to a batch: "truncate" to the length of the moment, "reshape" into more rows of that length,
-    or cut to its "longest" member, which saves padding when lengths are ordered by ``sequence_length``."""
+    or cut to its "longest" member, where a task pads all samples to one length."""
     length: dict[str, Any] = Field(default_factory=dict)
     """Pace of the length in tokens, for "truncate" and "reshape"; it ends at the full length unless said."""
     own: dict[str, Any] = Field(default_factory=dict)
@@ -541,9 +540,9 @@ class Curriculum(Step):
         return Composed(made, length + 1, name)
 
     def _sample(self, job: Job) -> Any:
-        from torch.utils.data import default_collate
+        from sparing.data_efficiency.analysis import collated
 
-        return (job.task.collate or default_collate)(items_of(job.train, range(min(4, len(job.train)))))
+        return collated(job.train, range(min(4, len(job.train))), job.task.collate)
 
     def _full_length(self, job: Job) -> int | None:
         """Tokens of the longest input, for the end of the pace."""

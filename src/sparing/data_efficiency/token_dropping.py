@@ -556,6 +556,7 @@ class DropTokens(Step):
         """r_t of a training of ``total`` optimizer steps on sequences of ``length`` tokens."""
         end = length if self.end is None else self.end
         start = max(1, min(length, end) // 2) if self.start is None else self.start
+        end = max(start, end)  # a start above the full length: nothing is ever dropped
         return linear(start, end, self.over * total if self.steps is None else self.steps, self.multiple)
 
     def apply(self, job: Job) -> Job:
