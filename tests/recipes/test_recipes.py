@@ -73,8 +73,8 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
     model = sparing.load(out / "model")
     assert model.labels == tuple(measured[-1].by_class)
     if model.preprocessing is not None:
-        images = type(model.preprocessing.operations[0]).__name__ == "Decode"
-        raw = np.zeros((8, 8), np.uint8) if images else ("Who wrote it?", "Nobody knows who wrote it.")
+        raws = {"Decode": np.zeros((8, 8), np.uint8), "WordPiece": ("Who wrote it?", "Nobody knows who wrote it.")}
+        raw = raws.get(type(model.preprocessing.operations[0]).__name__, "Who wrote it?")
         answer = model.predict([raw])
         assert len(answer) == 1
         assert np.isfinite(answer).all()
