@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import itertools
-import json
 import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -31,8 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _claims import Claim, main
-from sparing.core import files
-from sparing.core.fingerprint import fingerprint
+from _kept import Kept
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.registry import resolve
 from sparing.core.statistics import difference_over_seeds, t_interval
@@ -285,25 +281,6 @@ def arms(rhos: Sequence[float]) -> dict[str, Arm]:
         "ρ = 0, rate × 2": (power, lambda optimizer, seed: optimizer),
         "gradient noise, s = 0.01": (1.0, lambda o, seed: GradientNoise(o, 0.01, derive_seed(seed, "noise"))),
     }
-
-
-class Kept:
-    """Results of trainings in a file, by name; another file when one of ``depends`` has changed."""
-
-    def __init__(self, name: str, *depends: Any) -> None:
-        parts = [item if isinstance(item, str | int | float | tuple) else inspect.getsource(item) for item in depends]
-        key = fingerprint([*map(str, parts), torch.__version__])[:16]
-        self.file = Path(tempfile.gettempdir()) / "sparing-benchmarks" / f"{name}-{key}.json"
-        self.results: dict[str, Any] = files.read_json(self.file) if self.file.is_file() else {}
-
-    def once(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The result of this name, computed if it is not there."""
-        if name not in self.results:
-            self.results[name] = compute()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(self.file, self.results)
-            print(name, json.dumps(self.results[name]), flush=True)
-        return dict(self.results[name])
 
 
 def compared(

@@ -74,6 +74,17 @@ if TYPE_CHECKING:
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
     from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.data_efficiency.analysis import DataAnalyzer
+    from sparing.data_efficiency.callbacks import CurriculumCallback, TokenCount, TokenDroppingCallback, TokenLRCallback
+    from sparing.data_efficiency.config import DataEfficiency
+    from sparing.data_efficiency.curriculum import Curriculum
+    from sparing.data_efficiency.index import DifficultyIndex
+    from sparing.data_efficiency.metrics import Composed, DifficultyMetric, SequenceLength, VocabularyRarity
+    from sparing.data_efficiency.pacing import PacingFunction
+    from sparing.data_efficiency.postprocessing import reshape_batch, truncate_batch
+    from sparing.data_efficiency.sampler import CurriculumCollate, CurriculumItems, CurriculumMetric, CurriculumSampler
+    from sparing.data_efficiency.token_dropping import DropTokens, drop_tokens
+    from sparing.data_efficiency.tokens import TokenCounter, TokenLR, TokenLr
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
@@ -99,6 +110,7 @@ if TYPE_CHECKING:
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
+    from sparing.tasks.text.language_modelling import score_texts
     from sparing.tasks.text.spans import postprocess_spans, squad_metrics
 
 __version__ = "0.1.0"
@@ -175,6 +187,27 @@ _HOMES = {
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.data_efficiency.analysis": ("DataAnalyzer",),
+    "sparing.data_efficiency.callbacks": (
+        "CurriculumCallback",
+        "TokenCount",
+        "TokenDroppingCallback",
+        "TokenLRCallback",
+    ),
+    "sparing.data_efficiency.config": ("DataEfficiency",),
+    "sparing.data_efficiency.curriculum": ("Curriculum",),
+    "sparing.data_efficiency.index": ("DifficultyIndex",),
+    "sparing.data_efficiency.metrics": ("Composed", "DifficultyMetric", "SequenceLength", "VocabularyRarity"),
+    "sparing.data_efficiency.pacing": ("PacingFunction",),
+    "sparing.data_efficiency.postprocessing": ("reshape_batch", "truncate_batch"),
+    "sparing.data_efficiency.sampler": (
+        "CurriculumCollate",
+        "CurriculumItems",
+        "CurriculumMetric",
+        "CurriculumSampler",
+    ),
+    "sparing.data_efficiency.token_dropping": ("DropTokens", "drop_tokens"),
+    "sparing.data_efficiency.tokens": ("TokenCounter", "TokenLR", "TokenLr"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
@@ -200,6 +233,7 @@ _HOMES = {
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
+    "sparing.tasks.text.language_modelling": ("score_texts",),
     "sparing.tasks.text.spans": ("postprocess_spans", "squad_metrics"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -224,6 +258,7 @@ __all__ = [
     "ClickThrough",
     "CombinedOptimizer",
     "Compile",
+    "Composed",
     "CondensationBackdoor",
     "Condense",
     "ConfidenceRule",
@@ -231,11 +266,22 @@ __all__ = [
     "CorruptFile",
     "CostModel",
     "CubicSchedule",
+    "Curriculum",
+    "CurriculumCallback",
+    "CurriculumCollate",
+    "CurriculumItems",
+    "CurriculumMetric",
+    "CurriculumSampler",
     "CustomTask",
     "DVFSGovernor",
+    "DataAnalyzer",
+    "DataEfficiency",
     "DataError",
+    "DifficultyIndex",
+    "DifficultyMetric",
     "Distil",
     "DistillationLoss",
+    "DropTokens",
     "EarlyExitPredictor",
     "Ema",
     "EnergyModel",
@@ -270,6 +316,7 @@ __all__ = [
     "Numeric",
     "OptimisedTrigger",
     "OraclePolicy",
+    "PacingFunction",
     "PatchTrigger",
     "PixelSpace",
     "PlacedExitPolicy",
@@ -283,6 +330,7 @@ __all__ = [
     "Rpgd",
     "ScalingOptimizer",
     "Selection",
+    "SequenceLength",
     "Shrink",
     "SmoothLabels",
     "SparingError",
@@ -291,12 +339,19 @@ __all__ = [
     "Task",
     "Teacher",
     "TextClassification",
+    "TokenCount",
+    "TokenCounter",
+    "TokenDroppingCallback",
+    "TokenLR",
+    "TokenLRCallback",
+    "TokenLr",
     "Train",
     "TrainingDiverged",
     "Transfer",
     "UnknownName",
     "UnrolledCondenser",
     "UntrustedCode",
+    "VocabularyRarity",
     "WarmupCosine",
     "WeightAverage",
     "WeightNormalization",
@@ -314,6 +369,7 @@ __all__ = [
     "cost_report",
     "detect_blocks",
     "distill_blocks",
+    "drop_tokens",
     "extract_blocks",
     "from_transformers",
     "hessian_trace",
@@ -329,14 +385,17 @@ __all__ = [
     "profile_blocks",
     "profile_latency",
     "quantize_ptq",
+    "reshape_batch",
     "run",
     "save_condensed",
+    "score_texts",
     "sharpness",
     "shrink",
     "squad_metrics",
     "step",
     "train_exits",
     "train_wordpiece",
+    "truncate_batch",
     "tune_production",
     "unit_direction",
     "weight_normalize",

@@ -100,6 +100,19 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.text.masked_lm:MaskedLM",
             "Masked language modelling: pre-train a text encoder on unlabelled texts (Devlin et al. 2019).",
         ),
+        "tiny_shakespeare": Part(
+            "sparing.tasks.text.language_modelling:TinyShakespeare",
+            "Tiny Shakespeare: characters of 40,000 lines of plays, one after the other (Karpathy 2015).",
+        ),
+        "us_addresses": Part(
+            "sparing.tasks.text.language_modelling:UsAddresses",
+            "Addresses of US presidents: byte pairs of 124 documents since 1789, each line a sample of its own length.",
+        ),
+        "text_corpus": Part(
+            "sparing.tasks.text.language_modelling:TextCorpus",
+            'Your own corpus for language modelling: text files, or JSONL with the key "text", as characters or byte '
+            "pairs.",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),
@@ -138,9 +151,17 @@ PARTS: dict[str, dict[str, Part]] = {
             "Replace the training data by a few samples: synthetic ones that teach nearly as much, or a chosen core "
             "set.",
         ),
+        "curriculum": Part(
+            "sparing.data_efficiency.curriculum:Curriculum",
+            "Begin the next training with easy samples, or short ones, and let harder ones in as it goes on.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
+        ),
+        "drop_tokens": Part(
+            "sparing.data_efficiency.token_dropping:DropTokens",
+            "Let the middle layers compute a random part of the tokens in the next training, a part that grows to all.",
         ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
@@ -170,6 +191,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "smooth_labels": Part(
             "sparing.optimization.label_smoothing:SmoothLabels",
             "Train towards labels that are a little unsure: each gives a share of its weight to all classes alike.",
+        ),
+        "token_lr": Part(
+            "sparing.data_efficiency.tokens:TokenLr",
+            "Let the learning rate of the next training follow the tokens consumed, and end it at a budget of them.",
         ),
         "transfer": Part(
             "sparing.core.transfer:Transfer",
@@ -228,6 +253,11 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
+        "gpt": Part(
+            "sparing.models.gpt:Gpt",
+            "Causal transformer for language modelling: pre-norm blocks, learned positions, a final norm (as GPT-2, "
+            "2019).",
+        ),
         "graph_gcn": Part(
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
@@ -309,6 +339,14 @@ PARTS: dict[str, dict[str, Part]] = {
         "wordpiece": Part(
             "sparing.data.wordpiece:WordPiece",
             "Texts, or pairs of texts → numbers of word pieces, int64 (N, longest), padded behind.",
+        ),
+        "characters": Part(
+            "sparing.data.tokenizing:Characters",
+            "Texts → numbers of characters, int64 (N, longest), padded behind with 0.",
+        ),
+        "byte_pairs": Part(
+            "sparing.data.tokenizing:BytePairs",
+            "Texts → numbers of byte pairs, int64 (N, longest), padded behind with 0.",
         ),
         "normalise": Part("sparing.data.preprocessing:Normalise", "(N, C, …) → (x − mean) / std for each channel."),
     },

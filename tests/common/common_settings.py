@@ -125,6 +125,40 @@ def few_texts() -> sparing.Task:
     return FewTexts("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
 
 
+def text_files(place: Path) -> Path:
+    """A folder of thirty small text files."""
+    if not any(place.iterdir()):
+        rows = [" ".join(row) for row in word_rows()]
+        for number in range(30):
+            (place / f"{number:02}.txt").write_text("\n".join(rows[number::30]), "utf8")
+    return place
+
+
+def lines() -> sparing.Task:
+    """The lines of :func:`text_files` as characters, in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = registered_task("text_corpus", path=str(text_files(Path(folder))), length=24, level="characters")
+        task.splits(None)
+    return task
+
+
+def sentences() -> sparing.Task:
+    """Texts of 3 to 8 words for language modelling, each a sample of its length."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sentences.txt"
+        path.write_text("\n".join(" ".join(row) for row in word_rows() * 2))
+        task = registered_task(
+            "text_corpus", path=str(path), length=24, level="characters", samples="lines", split="tail"
+        )
+        task.splits(None)
+    return task
+
+
+def no_difference(batch):
+    """Samples that are all equally difficult."""
+    return np.zeros(len(batch[0]), np.int64)
+
+
 STEPS = {
     "train": StepCase(
         sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),
@@ -246,6 +280,28 @@ STEPS = {
         nothing="every training has weights to average",
     ),
     "smooth_labels": StepCase(sparing.SmoothLabels(), after=(LAST,), nothing="it always adds a term"),
+    "curriculum": StepCase(
+        sparing.Curriculum(
+            metrics={"sequence_length": {}, "vocabulary_rarity": {"start": 50}},
+            postprocess="truncate",
+            length={"start": 4},
+        ),
+        after=(PLAIN,),
+        task=sentences,
+        nothing=StepCase(sparing.Curriculum(metrics={"same": {}}, own={"same": no_difference}), nothing="is the case"),
+    ),
+    "drop_tokens": StepCase(
+        sparing.DropTokens(start=2, multiple=1),
+        after=(PLAIN,),
+        task=sentences,
+        nothing=StepCase(sparing.DropTokens(start=500), task=sentences, nothing="is the case"),
+    ),
+    "token_lr": StepCase(
+        sparing.TokenLr(),
+        after=(PLAIN,),
+        task=sentences,
+        nothing="every training has a learning rate",
+    ),
     "warmup_cosine": StepCase(
         sparing.WarmupCosine(warmup_share=0.25), after=(LAST,), nothing="every training has a learning rate"
     ),
@@ -345,6 +401,16 @@ TASKS = {
         repeats="rows are known by six shops and 64 bins of prices",
     ),
     "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
+    "tiny_shakespeare": lambda data, scratch: TaskCase(lambda: registered_task("tiny_shakespeare"), data),
+    "us_addresses": lambda data, scratch: TaskCase(
+        lambda: registered_task("us_addresses", vocab_size=600),
+        data,
+        repeats="some lines, such as greetings, are in many addresses",
+        weight=lambda batch: int(batch["attention_mask"][:, 1:].sum()),
+    ),
+    "text_corpus": lambda data, scratch: TaskCase(
+        lambda: registered_task("text_corpus", path=str(text_files(scratch)), length=24, vocab_size=260)
+    ),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
     ),
@@ -367,6 +433,8 @@ NEEDS_DATA = frozenset(
         "masked_lm",
         "squad",
         "hflights",
+        "tiny_shakespeare",
+        "us_addresses",
     }
 )
 
@@ -386,6 +454,7 @@ MODELS = {
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
+    "gpt": ModelCase("gpt", lines, {"dim": 16, "depth": 3, "heads": 2, "dropout": 0.0}),
     "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
     "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
