@@ -1,7 +1,7 @@
 """Does data efficiency train language models better on one budget of tokens?
 
-python benchmarks/data_efficiency_lm.py [curriculum] [curriculum_ltd] [ltd_no_worse] [pilot_budget] [us_addresses]
-    [longer_budget]
+python benchmarks/data_efficiency_lm.py [curriculum] [curriculum_ltd] [ltd_no_worse] [short_control]
+    [pilot_budget] [us_addresses] [longer_budget]
 
 Plain PyTorch loops with the library's sampler, pacing, post-processing, token dropping and token clock. They are kept
 in the system's folder for temporary files as they end, so an interrupted benchmark goes on where it was.
@@ -233,9 +233,11 @@ def shakespeare_runs(budget: int) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def differences(found: dict[str, list[dict[str, float]]], arm: str, against: str = "baseline") -> list[float]:
-    """Loss of an arm minus that of another, of each seed."""
-    return [one["loss"] - other["loss"] for one, other in zip(found[arm], found[against], strict=True)]
+def differences(
+    found: dict[str, list[dict[str, float]]], arm: str, against: str = "baseline", figure: str = "loss"
+) -> list[float]:
+    """A figure of an arm minus that of another, of each seed."""
+    return [one[figure] - other[figure] for one, other in zip(found[arm], found[against], strict=True)]
 
 
 def compared(
@@ -396,6 +398,38 @@ def measure_gate(arm: str, id_: str, statement: str, limit: tuple[str, float] = 
     return [compared(id_, statement, ISSUE, shakespeare_runs(BUDGET), arm, settings, limit)]
 
 
+def measure_control() -> list[Claim]:
+    """The curriculum beside windows that are as short all the time, each where the other can be judged."""
+    found, figure = shakespeare_runs(BUDGET), "loss in windows of 80"
+    paired = differences(found, "CL", "short", figure)
+    return [
+        Claim(
+            id="data_efficiency_short_control",
+            statement="in windows of 80 characters, which both have seen, the curriculum ends better than training on "
+            "windows of 80 alone, so that more and shorter steps do not explain what it gains",
+            source=SHEET,
+            figure=max(paired),
+            unit="nats per character over training on windows of 80 alone, worst of the paired seeds",
+            comparison="<",
+            threshold=0.0,
+            gate=False,
+            interval95=difference_over_seeds(paired).interval,
+            seeds=SEEDS,
+            baselines=[
+                {"name": f"{name}, {arm}", "figure": statistics.fmean(run[name] for run in runs)}
+                for name in (figure, "loss", "loss at 97–128", "steps")
+                for arm, runs in found.items()
+            ],
+            details={
+                "settings": SETTINGS | {"effective tokens": BUDGET},
+                "paired differences": paired,
+                "of the whole loss, in windows of 128": differences(found, "CL", "short"),
+                "note": "a model of windows of 80 has never seen the places behind them",
+            },
+        )
+    ]
+
+
 def measure_budget(budget: int, id_: str) -> list[Claim]:
     """The three comparisons at a budget that the gates are not judged at."""
     found = shakespeare_runs(budget)
@@ -437,6 +471,7 @@ BENCHMARKS: dict[str, Callable[[], list[Claim]]] = {
         "more than 0.03 nats worse than the baseline after the same effective tokens",
         ("<=", 0.03),
     ),
+    "short_control": measure_control,
     "pilot_budget": functools.partial(measure_budget, PILOT, "data_efficiency_pilot_budget"),
     "us_addresses": measure_addresses,
     "longer_budget": functools.partial(measure_budget, LONGER, "data_efficiency_longer_budget"),

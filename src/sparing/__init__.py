@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
     from sparing.compression.shrinking import Shrink, shrink
+    from sparing.compression.zero_rows import DropZeroRows
     from sparing.condensation.coresets import CoresetSelector
     from sparing.condensation.graphs import GraphSetCondenser
     from sparing.condensation.images import ImageCondenser
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
+    from sparing.data.feature_map import FeatureMap
     from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.data_efficiency.analysis import DataAnalyzer
     from sparing.data_efficiency.callbacks import CurriculumCallback, TokenCount, TokenDroppingCallback, TokenLRCallback
@@ -95,7 +97,7 @@ if TYPE_CHECKING:
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
-    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, combined_optimizer
+    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, GroupFtrl, combined_optimizer
     from sparing.optimization.label_smoothing import SmoothLabels
     from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
     from sparing.optimization.leap_lightning import LEAPCallback
@@ -106,6 +108,7 @@ if TYPE_CHECKING:
     from sparing.optimization.weight_norm import WeightNormalization, bake, unit_direction, weight_normalize
     from sparing.optimization.weight_norm_lightning import Reparametrization
     from sparing.tasks.ctr import ClickThrough
+    from sparing.tasks.ctr.estimator import CTRClassifier
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
@@ -152,6 +155,7 @@ _HOMES = {
     "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
     "sparing.compression.shrinking": ("Shrink", "shrink"),
+    "sparing.compression.zero_rows": ("DropZeroRows",),
     "sparing.condensation.coresets": ("CoresetSelector",),
     "sparing.condensation.graphs": ("GraphSetCondenser",),
     "sparing.condensation.images": ("ImageCondenser",),
@@ -186,6 +190,7 @@ _HOMES = {
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
+    "sparing.data.feature_map": ("FeatureMap",),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.data_efficiency.analysis": ("DataAnalyzer",),
     "sparing.data_efficiency.callbacks": (
@@ -215,7 +220,7 @@ _HOMES = {
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
     "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
-    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "combined_optimizer"),
+    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "GroupFtrl", "combined_optimizer"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -229,6 +234,7 @@ _HOMES = {
     "sparing.optimization.weight_norm": ("WeightNormalization", "bake", "unit_direction", "weight_normalize"),
     "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
     "sparing.tasks.ctr": ("ClickThrough",),
+    "sparing.tasks.ctr.estimator": ("CTRClassifier",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
@@ -252,6 +258,7 @@ __all__ = [
     "BlockZoo",
     "BoFExit",
     "Budget",
+    "CTRClassifier",
     "CTREncoder",
     "CTRSchema",
     "Categorical",
@@ -282,6 +289,7 @@ __all__ = [
     "Distil",
     "DistillationLoss",
     "DropTokens",
+    "DropZeroRows",
     "EarlyExitPredictor",
     "Ema",
     "EnergyModel",
@@ -289,9 +297,11 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FeatureMap",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
+    "GroupFtrl",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
