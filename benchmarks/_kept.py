@@ -24,7 +24,7 @@ class Kept:
         self.file = Path(tempfile.gettempdir()) / "sparing-benchmarks" / f"{name}-{key}.json"
         self.results: dict[str, Any] = files.read_json(self.file) if self.file.is_file() else {}
 
-    def once(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of this name, computed if it is not there."""
         if name not in self.results:
             self.results[name] = compute()

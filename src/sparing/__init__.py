@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sparing.compression.ptq import quantize_ptq
     from sparing.compression.quantization import Quantize
     from sparing.compression.shrinking import Shrink, shrink
+    from sparing.compression.zero_rows import DropZeroRows
     from sparing.condensation.coresets import CoresetSelector
     from sparing.condensation.graphs import GraphSetCondenser
     from sparing.condensation.images import ImageCondenser
@@ -73,7 +74,19 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
+    from sparing.data.feature_map import FeatureMap
     from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.data_efficiency.analysis import DataAnalyzer
+    from sparing.data_efficiency.callbacks import CurriculumCallback, TokenCount, TokenDroppingCallback, TokenLRCallback
+    from sparing.data_efficiency.config import DataEfficiency
+    from sparing.data_efficiency.curriculum import Curriculum
+    from sparing.data_efficiency.index import DifficultyIndex
+    from sparing.data_efficiency.metrics import Composed, DifficultyMetric, SequenceLength, VocabularyRarity
+    from sparing.data_efficiency.pacing import PacingFunction
+    from sparing.data_efficiency.postprocessing import reshape_batch, truncate_batch
+    from sparing.data_efficiency.sampler import CurriculumCollate, CurriculumItems, CurriculumMetric, CurriculumSampler
+    from sparing.data_efficiency.token_dropping import DropTokens, drop_tokens
+    from sparing.data_efficiency.tokens import TokenCounter, TokenLR, TokenLr
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
@@ -84,7 +97,7 @@ if TYPE_CHECKING:
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
     from sparing.optimization.flatness import hessian_trace, perturbation_flatness, sharpness
-    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, combined_optimizer
+    from sparing.optimization.ftrl import FTRL, CombinedOptimizer, GroupFTRL, GroupFtrl, combined_optimizer
     from sparing.optimization.label_smoothing import SmoothLabels
     from sparing.optimization.leap import LEAP, Leap, apply_leap, leap_factor
     from sparing.optimization.leap_lightning import LEAPCallback
@@ -95,6 +108,7 @@ if TYPE_CHECKING:
     from sparing.optimization.weight_norm import WeightNormalization, bake, unit_direction, weight_normalize
     from sparing.optimization.weight_norm_lightning import Reparametrization
     from sparing.tasks.ctr import ClickThrough
+    from sparing.tasks.ctr.estimator import CTRClassifier
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
@@ -141,6 +155,7 @@ _HOMES = {
     "sparing.compression.ptq": ("quantize_ptq",),
     "sparing.compression.quantization": ("Quantize",),
     "sparing.compression.shrinking": ("Shrink", "shrink"),
+    "sparing.compression.zero_rows": ("DropZeroRows",),
     "sparing.condensation.coresets": ("CoresetSelector",),
     "sparing.condensation.graphs": ("GraphSetCondenser",),
     "sparing.condensation.images": ("ImageCondenser",),
@@ -175,7 +190,29 @@ _HOMES = {
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
+    "sparing.data.feature_map": ("FeatureMap",),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.data_efficiency.analysis": ("DataAnalyzer",),
+    "sparing.data_efficiency.callbacks": (
+        "CurriculumCallback",
+        "TokenCount",
+        "TokenDroppingCallback",
+        "TokenLRCallback",
+    ),
+    "sparing.data_efficiency.config": ("DataEfficiency",),
+    "sparing.data_efficiency.curriculum": ("Curriculum",),
+    "sparing.data_efficiency.index": ("DifficultyIndex",),
+    "sparing.data_efficiency.metrics": ("Composed", "DifficultyMetric", "SequenceLength", "VocabularyRarity"),
+    "sparing.data_efficiency.pacing": ("PacingFunction",),
+    "sparing.data_efficiency.postprocessing": ("reshape_batch", "truncate_batch"),
+    "sparing.data_efficiency.sampler": (
+        "CurriculumCollate",
+        "CurriculumItems",
+        "CurriculumMetric",
+        "CurriculumSampler",
+    ),
+    "sparing.data_efficiency.token_dropping": ("DropTokens", "drop_tokens"),
+    "sparing.data_efficiency.tokens": ("TokenCounter", "TokenLR", "TokenLr"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
@@ -183,7 +220,7 @@ _HOMES = {
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
     "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
-    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "combined_optimizer"),
+    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "GroupFtrl", "combined_optimizer"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
     "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
     "sparing.optimization.leap_lightning": ("LEAPCallback",),
@@ -197,6 +234,7 @@ _HOMES = {
     "sparing.optimization.weight_norm": ("WeightNormalization", "bake", "unit_direction", "weight_normalize"),
     "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
     "sparing.tasks.ctr": ("ClickThrough",),
+    "sparing.tasks.ctr.estimator": ("CTRClassifier",),
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
@@ -220,12 +258,14 @@ __all__ = [
     "BlockZoo",
     "BoFExit",
     "Budget",
+    "CTRClassifier",
     "CTREncoder",
     "CTRSchema",
     "Categorical",
     "ClickThrough",
     "CombinedOptimizer",
     "Compile",
+    "Composed",
     "CondensationBackdoor",
     "Condense",
     "ConfidenceRule",
@@ -233,11 +273,23 @@ __all__ = [
     "CorruptFile",
     "CostModel",
     "CubicSchedule",
+    "Curriculum",
+    "CurriculumCallback",
+    "CurriculumCollate",
+    "CurriculumItems",
+    "CurriculumMetric",
+    "CurriculumSampler",
     "CustomTask",
     "DVFSGovernor",
+    "DataAnalyzer",
+    "DataEfficiency",
     "DataError",
+    "DifficultyIndex",
+    "DifficultyMetric",
     "Distil",
     "DistillationLoss",
+    "DropTokens",
+    "DropZeroRows",
     "EarlyExitPredictor",
     "Ema",
     "EnergyModel",
@@ -245,9 +297,11 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FeatureMap",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
+    "GroupFtrl",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
@@ -272,6 +326,7 @@ __all__ = [
     "Numeric",
     "OptimisedTrigger",
     "OraclePolicy",
+    "PacingFunction",
     "PatchTrigger",
     "PixelSpace",
     "PlacedExitPolicy",
@@ -285,6 +340,7 @@ __all__ = [
     "Rpgd",
     "ScalingOptimizer",
     "Selection",
+    "SequenceLength",
     "Shrink",
     "SmoothLabels",
     "SparingError",
@@ -293,12 +349,19 @@ __all__ = [
     "Task",
     "Teacher",
     "TextClassification",
+    "TokenCount",
+    "TokenCounter",
+    "TokenDroppingCallback",
+    "TokenLR",
+    "TokenLRCallback",
+    "TokenLr",
     "Train",
     "TrainingDiverged",
     "Transfer",
     "UnknownName",
     "UnrolledCondenser",
     "UntrustedCode",
+    "VocabularyRarity",
     "WarmupCosine",
     "WeightAverage",
     "WeightNormalization",
@@ -316,6 +379,7 @@ __all__ = [
     "cost_report",
     "detect_blocks",
     "distill_blocks",
+    "drop_tokens",
     "extract_blocks",
     "from_transformers",
     "hessian_trace",
@@ -331,6 +395,7 @@ __all__ = [
     "profile_blocks",
     "profile_latency",
     "quantize_ptq",
+    "reshape_batch",
     "run",
     "save_condensed",
     "score_texts",
@@ -340,6 +405,7 @@ __all__ = [
     "step",
     "train_exits",
     "train_wordpiece",
+    "truncate_batch",
     "tune_production",
     "unit_direction",
     "weight_normalize",

@@ -151,9 +151,21 @@ PARTS: dict[str, dict[str, Part]] = {
             "Replace the training data by a few samples: synthetic ones that teach nearly as much, or a chosen core "
             "set.",
         ),
+        "curriculum": Part(
+            "sparing.data_efficiency.curriculum:Curriculum",
+            "Begin the next training with easy samples, or short ones, and let harder ones in as it goes on.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
+        ),
+        "drop_tokens": Part(
+            "sparing.data_efficiency.token_dropping:DropTokens",
+            "Let the middle layers compute a random part of the tokens in the next training, a part that grows to all.",
+        ),
+        "drop_zero_rows": Part(
+            "sparing.compression.zero_rows:DropZeroRows",
+            "Drop the embedding rows of exact zeros of a click-through model: the same answers from fewer bytes.",
         ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
@@ -162,6 +174,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "export": Part(
             "sparing.core.export:Export",
             "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
+        ),
+        "group_ftrl": Part(
+            "sparing.optimization.ftrl:GroupFtrl",
+            "Train embedding tables with group-lasso FTRL, which zeroes whole rows, and everything else with FTRL.",
         ),
         "leap": Part(
             "sparing.optimization.leap:Leap",
@@ -183,6 +199,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "smooth_labels": Part(
             "sparing.optimization.label_smoothing:SmoothLabels",
             "Train towards labels that are a little unsure: each gives a share of its weight to all classes alike.",
+        ),
+        "token_lr": Part(
+            "sparing.data_efficiency.tokens:TokenLr",
+            "Let the learning rate of the next training follow the tokens consumed, and end it at a budget of them.",
         ),
         "transfer": Part(
             "sparing.core.transfer:Transfer",
@@ -238,6 +258,11 @@ PARTS: dict[str, dict[str, Part]] = {
         "fm": Part(
             "sparing.models.ctr:FactorizationMachine",
             "Factorisation machine of second order on categorical fields (Rendle 2010).",
+        ),
+        "fnn": Part(
+            "sparing.models.ctr:FNN",
+            "A perceptron on the weights and factors of a factorisation machine (Zhang, Du and Wang 2016, "
+            "arXiv:1601.02376).",
         ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),

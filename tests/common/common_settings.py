@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,56 @@ def lines() -> sparing.Task:
     return task
 
 
+def sentences() -> sparing.Task:
+    """Texts of 3 to 8 words for language modelling, each a sample of its length."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sentences.txt"
+        path.write_text("\n".join(" ".join(row) for row in word_rows() * 2))
+        task = registered_task(
+            "text_corpus", path=str(path), length=24, level="characters", samples="lines", split="tail"
+        )
+        task.splits(None)
+    return task
+
+
+def no_difference(batch):
+    """Samples that are all equally difficult."""
+    return np.zeros(len(batch[0]), np.int64)
+
+
+def registered_task(name: str, **fields):
+    """A registered task, built as a recipe builds it."""
+    from sparing.core.registry import resolve
+
+    return resolve("tasks", name)(**fields)
+
+
+def click_table(place: Path) -> Path:
+    """A CSV file of a few rows, whose label follows from a shop and a price."""
+    path = place / "clicks.csv"
+    if not path.exists():
+        draw = np.random.RandomState(0)
+        shops, prices, numbers = draw.randint(0, 6, 400), draw.rand(400).round(4), range(400)
+        clicked = draw.rand(400) < 0.2 + 0.6 * ((shops % 2 == 0) ^ (prices > 0.5))
+        rows = [
+            f"{n},{shop},{price},{int(y)}" for n, shop, price, y in zip(numbers, shops, prices, clicked, strict=True)
+        ]
+        path.write_text("\n".join(["row,shop,price,label", *rows]))
+    return path
+
+
+@cache
+def clicks_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where the file of :func:`clicks` lies until the process ends."""
+    return tempfile.TemporaryDirectory(prefix="sparing-clicks-")
+
+
+def clicks() -> sparing.Task:
+    """A table of clicks, for models of click-through data and steps on them."""
+    path = click_table(Path(clicks_folder().name))
+    return registered_task("click_table", path=str(path), exclude=["row"], val_share=0.2)
+
+
 STEPS = {
     "train": StepCase(
         sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),
@@ -188,6 +238,18 @@ STEPS = {
         sparing.Leap(rho=0.5),
         after=(sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),),
         nothing="any optimizer makes steps that can be perturbed; with rho = 0 it is the control, and says so",
+    ),
+    "group_ftrl": StepCase(
+        sparing.GroupFtrl(lambda1=0.5),
+        after=(PLAIN, sparing.DropZeroRows(id="realised")),
+        task=clicks,
+        nothing=StepCase(sparing.GroupFtrl(), task=poolings, nothing="is the case"),
+    ),
+    "drop_zero_rows": StepCase(
+        sparing.DropZeroRows(),
+        before=(sparing.GroupFtrl(id="zeroing", lambda1=0.5), PLAIN),
+        task=clicks,
+        nothing=StepCase(sparing.DropZeroRows(), before=(TRAIN,), task=clicks, nothing="is the case"),
     ),
     "rpgd": StepCase(
         sparing.Rpgd(momentum=0.9, freeze_g_steps=2, g_shrink=0.5),
@@ -263,6 +325,28 @@ STEPS = {
         nothing="every training has weights to average",
     ),
     "smooth_labels": StepCase(sparing.SmoothLabels(), after=(LAST,), nothing="it always adds a term"),
+    "curriculum": StepCase(
+        sparing.Curriculum(
+            metrics={"sequence_length": {}, "vocabulary_rarity": {"start": 50}},
+            postprocess="truncate",
+            length={"start": 4},
+        ),
+        after=(PLAIN,),
+        task=sentences,
+        nothing=StepCase(sparing.Curriculum(metrics={"same": {}}, own={"same": no_difference}), nothing="is the case"),
+    ),
+    "drop_tokens": StepCase(
+        sparing.DropTokens(start=2, multiple=1),
+        after=(PLAIN,),
+        task=sentences,
+        nothing=StepCase(sparing.DropTokens(start=500), task=sentences, nothing="is the case"),
+    ),
+    "token_lr": StepCase(
+        sparing.TokenLr(),
+        after=(PLAIN,),
+        task=sentences,
+        nothing="every training has a learning rate",
+    ),
     "warmup_cosine": StepCase(
         sparing.WarmupCosine(warmup_share=0.25), after=(LAST,), nothing="every training has a learning rate"
     ),
@@ -307,28 +391,6 @@ def tu_files(place: Path) -> Path:
     for name, rows in tables.items():
         (place / f"RINGS_{name}.txt").write_text("\n".join(", ".join(map(str, row)) for row in rows.tolist()), "ascii")
     return place
-
-
-def click_table(place: Path) -> Path:
-    """A CSV file of a few rows, whose label follows from a shop and a price."""
-    path = place / "clicks.csv"
-    if not path.exists():
-        draw = np.random.RandomState(0)
-        shops, prices, numbers = draw.randint(0, 6, 400), draw.rand(400).round(4), range(400)
-        clicked = draw.rand(400) < 0.2 + 0.6 * ((shops % 2 == 0) ^ (prices > 0.5))
-        rows = [
-            f"{n},{shop},{price},{int(y)}" for n, shop, price, y in zip(numbers, shops, prices, clicked, strict=True)
-        ]
-        path.write_text("\n".join(["row,shop,price,label", *rows]))
-    return path
-
-
-def clicks() -> sparing.Task:
-    """The rows of :func:`click_table` in memory, for models of click-through data."""
-    with tempfile.TemporaryDirectory() as folder:
-        task = registered_task("click_table", path=str(click_table(Path(folder))), exclude=["row"], val_share=0.2)
-        task.splits(None)
-    return task
 
 
 TASKS = {
@@ -400,13 +462,6 @@ NEEDS_DATA = frozenset(
 )
 
 
-def registered_task(name: str, **fields):
-    """A registered task, built as a recipe builds it."""
-    from sparing.core.registry import resolve
-
-    return resolve("tasks", name)(**fields)
-
-
 MODELS = {
     "alexnet": ModelCase("alexnet", Digits),
     "bert": ModelCase("bert", few_texts, SMALL_BERT),
@@ -425,6 +480,7 @@ MODELS = {
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "lr": ModelCase("lr", clicks),
     "fm": ModelCase("fm", clicks, {"dim": 4}),
+    "fnn": ModelCase("fnn", clicks, {"dim": 4, "widths": [6], "dropout": 0.1}),
     "deepfm": ModelCase("deepfm", clicks, {"dim": 4, "widths": [6], "dropout": 0.1}),
     "dcnv2": ModelCase("dcnv2", clicks, {"dim": 4, "widths": [6], "layers": 2, "rank": 3}),
     "xdeepint": ModelCase("xdeepint", clicks, {"dim": 4, "num_layers": 2, "num_subspaces": 2}),

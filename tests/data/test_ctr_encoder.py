@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_svmlight_file
 
-from sparing.core.errors import CorruptFile, DataError, InvalidValue
+from sparing.core.errors import CorruptFile, DataError, InvalidRecord, InvalidValue
 from sparing.data import ctr, tables
 from sparing.data.binning import libffm_bins, linear_bins, log2_bins, log_square_bins, quantile_bins
 from sparing.data.ctr import (
@@ -33,7 +34,9 @@ from sparing.data.ctr import (
     in_published_training,
     leaking,
     read_libffm,
+    read_libsvm,
     write_libffm,
+    write_libsvm,
 )
 from sparing.data.tables import TableLayout, column_names, record_batches
 
@@ -257,7 +260,7 @@ def test_missing_numbers(binning: Any) -> None:
         encoder = CTREncoder(CTRSchema((Numeric("x", binning, missing=missing),))).fit(rows)
         assert encoder.encode(rows)[2:, 0].tolist() == [expected, expected]
         assert encoder.encode(rows)[0, 0] == 0
-    with pytest.raises(DataError, match=r"the table, row 2: no number in 'x'; say missing=\"zero\" or"):
+    with pytest.raises(InvalidRecord, match=r"the table, row 2: no number in 'x'; say missing=\"zero\" or"):
         CTREncoder(CTRSchema((Numeric("x", binning),))).fit(rows)
 
 
@@ -342,6 +345,30 @@ def test_other_libffm_text_is_refused_with_its_line(line: str, tmp_path: Path) -
         list(read_libffm(tmp_path / "rows.ffm", 3))
 
 
+def test_libsvm_text_there_and_back_and_as_scikit_learn_reads_it(tmp_path: Path) -> None:
+    encoder = CTREncoder(SCHEMA).fit(table())
+    sizes = encoder.cardinalities  # 2, 4 and 2, so that the fields begin at 1, 3 and 7
+    assert write_libsvm(encoder.transform(table(), 4), sizes, tmp_path / "rows.svm") == 6
+    assert (tmp_path / "rows.svm").read_text().splitlines()[2:4] == ["0 2:1 3:1 7:1", "1 5:1 7:1"]
+    ids, labels = zip(*read_libsvm(tmp_path / "rows.svm", sizes, batch_size=4), strict=True)
+    assert [len(part) for part in ids] == [4, 2]
+    assert np.concatenate(ids).tolist() == IDS
+    assert np.concatenate(labels).tolist() == ROWS["label"]
+    matrix, read = load_svmlight_file(str(tmp_path / "rows.svm"), n_features=8, zero_based=False)
+    first = np.cumsum([0, *sizes])
+    assert [sorted(row.nonzero()[1].tolist()) for row in matrix] == [
+        [int(first[f]) + n for f, n in enumerate(row) if n >= 0] for row in IDS
+    ]
+    assert read.tolist() == ROWS["label"]
+
+
+@pytest.mark.parametrize("line", ["2 1:1", "1 0:1", "1 9:1", "1 1:0.5", "1 1:1 2:1", "1 a:1", "1 1", "1 1:2:1"])
+def test_other_libsvm_text_is_refused_with_its_line(line: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.svm").write_text(f"0 1:1\n{line}\n")
+    with pytest.raises(DataError, match=r"rows\.svm:2: "):
+        list(read_libsvm(tmp_path / "rows.svm", (2, 4, 2)))
+
+
 # --- leaks
 
 
@@ -383,6 +410,16 @@ def test_the_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((counts > 85) & (counts < 165)).all()  # 125 are expected, standard deviation 9.7
 
 
+def test_reading_keeps_nothing_of_a_file_that_has_been_read(tmp_path: Path) -> None:
+    numbers = np.random.RandomState(0).random_sample(1_000_000)
+    pq.write_table(pa.table({"x": numbers}), tmp_path / "rows.parquet", row_group_size=50_000, compression="none")
+    before, most, last = pa.total_allocated_bytes(), 0, -1
+    for _, rows, _ in record_batches(tmp_path / "rows.parquet", {"x": "number"}):
+        most, last = max(most, pa.total_allocated_bytes() - before), rows[-1]
+    assert last == len(numbers) - 1
+    assert most < numbers.nbytes / 2
+
+
 # --- refusals
 
 
@@ -397,8 +434,10 @@ def test_the_sample_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_data_is_named(change: dict[str, list[Any]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as found:
         CTREncoder(SCHEMA).fit(pa.table({**ROWS, **change}))
+    # a value that is not allowed is a ValueError too, a column of another kind is not
+    assert isinstance(found.value, ValueError) == ("row 2" in message)
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

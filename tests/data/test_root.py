@@ -164,6 +164,7 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
         ("sst2", False),
         ("ag_news", False),
         ("trec", False),
+        ("hflights", False),
         ("squad", False),
         ("tiny_shakespeare", False),
         ("us_addresses", False),
@@ -173,6 +174,18 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
     assert "no CIFAR-10 in" in found.problem
     with pytest.raises(UnknownName, match="Did you mean 'cifar10'"):
         catalogue.check("cifar100", tmp_path)
+
+
+def test_flights_are_read_and_refused(data_root: Path, tmp_path: Path) -> None:
+    found = catalogue.check("hflights", data_root)
+    assert found.splits == {"train": 201_477, "test": 22_397}
+    assert found.files["hflights_delay.parquet"].startswith("readable, SHA-256 ")
+    (tmp_path / "hflights_delay").mkdir()
+    (tmp_path / "hflights_delay" / "hflights_delay.parquet").write_bytes(b"PAR1")
+    broken = catalogue.check("hflights", tmp_path)
+    assert not broken.ok
+    assert "hflights_delay.parquet: " in broken.problem
+    assert "belongs at" in broken.problem
 
 
 def test_check_reads_the_real_set(data_root: Path) -> None:

@@ -17,6 +17,7 @@ from sparing.core.errors import InvalidValue
 from sparing.core.predictor import build_model
 from sparing.core.predictor.torch_to_onnx import export
 from sparing.models.ctr import (
+    FNN,
     CrossLayer,
     CTRModel,
     DCNv2,
@@ -33,6 +34,7 @@ SIZES = (5, 1, 7)
 KINDS: dict[str, dict[str, Any]] = {
     "lr": {"name": LogisticRegression},
     "fm": {"name": FactorizationMachine, "dim": 4},
+    "fnn": {"name": FNN, "dim": 4, "widths": [6], "dropout": 0.2},
     "deepfm": {"name": DeepFM, "dim": 4, "widths": [6], "dropout": 0.2},
     "deepfm without": {"name": DeepFM, "dim": 4, "widths": []},
     "dcnv2": {"name": DCNv2, "dim": 4, "widths": [6], "layers": 2},
@@ -126,6 +128,12 @@ def test_the_others_by_hand() -> None:
     v = [fm.factors.field(f)[ids[:, f]] for f in range(3)]
     pairs = sum((v[i] * v[j]).sum(1) for i, j in itertools.combinations(range(3), 2))
     torch.testing.assert_close(fm(ids), fm.bias + sum(w(fm)) + pairs)
+    fnn = made("fnn")
+    assert isinstance(fnn, FNN)
+    fnn.begin_with(fm)
+    x = torch.cat([part for f in range(3) for part in (w(fm)[f][:, None], v[f])], 1)
+    hidden = (x @ fnn.deep[0].weight.T + fnn.deep[0].bias).relu()
+    torch.testing.assert_close(fnn(ids), (hidden @ fnn.head.weight.T + fnn.head.bias)[:, 0])
     deep = made("deepfm")
     assert isinstance(deep, DeepFM)
     v = [deep.factors.field(f)[ids[:, f]] for f in range(3)]
@@ -243,6 +251,8 @@ def test_wrong_ids_are_refused(ids: list[Any], message: str) -> None:
         lambda: DeepFM([3], dropout=1),
         lambda: DCNv2([3], layers=0),
         lambda: CrossLayer(3, rank=0),
+        lambda: FNN([3], dim=4).begin_with(FactorizationMachine([3], dim=5)),
+        lambda: FNN([3], dim=4).begin_with(FactorizationMachine([4], dim=4)),
     ],
 )
 def test_wrong_arguments_are_refused(make: Any) -> None:
@@ -326,6 +336,21 @@ def test_what_is_saved_without_zero_rows_is_smaller_and_answers_alike(tmp_path: 
     assert sizes[1] < 0.2 * sizes[0]
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-6)
     np.testing.assert_allclose(answers[0], model(ids).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_traced_and_exported_programs_answer_alike(kind: str) -> None:
+    model = without_zero_rows(zeroed(made(kind), [0, 3, 5]))
+    ids = some_ids(7)
+    traced = torch.jit.trace(model, (some_ids(2),))
+    program = torch.export.export(model, (some_ids(2),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    beyond = torch.tensor([[-1, 0, 3], [9, 0, 3], [-1, -1, -1]])
+    unknown = beyond.clamp(max=4)
+    unknown[1, 0] = -1
+    for scorer in (traced, program):
+        torch.testing.assert_close(scorer(ids), model(ids))
+        torch.testing.assert_close(scorer(beyond), model(unknown))
 
 
 def test_an_exported_graph_takes_ids_beyond_its_tables_as_unknown() -> None:

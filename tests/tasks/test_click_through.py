@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 import sparing
-from sparing.core.errors import DataError, InvalidValue
+from sparing.core.errors import DataError, InvalidRecord, InvalidValue
 from sparing.core.job import TrainingPlan
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.training import Train, fit
@@ -130,7 +130,7 @@ def test_given_fields_and_a_leak(table: Path, tmp_path: Path) -> None:
         ({"fields": [{"kind": "numeric", "name": "price", "bins": 3}]}, InvalidValue, "no schema"),
         ({"layout": "cvs"}, InvalidValue, "Did you mean 'csv'"),
         ({"test_share": 0}, InvalidValue, "test_share = 0"),
-        ({"test_share": 0.9, "val_share": 0.2}, InvalidValue, "add up to 1.15"),
+        ({"test_share": 0.9, "val_share": 0.2}, InvalidValue, r"test_share \+ val_share \+ calibration_share = 1.15"),
         ({"min_count": 0}, InvalidValue, "min_count = 0"),
         ({"path": "nowhere.csv"}, DataError, "nowhere.csv"),
     ],
@@ -153,7 +153,7 @@ def test_items_and_batches_are_the_same() -> None:
     assert data.fingerprint() != data.subset([0, 1]).fingerprint()
     with pytest.raises(IndexError):
         data[3]
-    with pytest.raises(DataError, match="row 1: the label is 2"):
+    with pytest.raises(InvalidRecord, match="row 1: the label is 2"):
         Clicks(np.zeros((2, 1), np.int64), np.array([0.0, 2.0]))
 
 

@@ -55,6 +55,11 @@ def test_a_second_fit_is_read_from_the_store(fitted, stripes):
     assert again.get_params() == fitted.get_params()
 
 
+def test_a_fit_with_other_settings_is_another(fitted, stripes):
+    shorter = clone(fitted).set_params(epochs=2).fit(*stripes)
+    assert len(shorter.curves_["val_accuracy"]) == 2
+
+
 def test_it_reports_what_an_image_costs(fitted):
     report = fitted.report()
     assert report.parameters == sum(

@@ -35,6 +35,10 @@ class DataError(SparingError):
     """Data that is missing, corrupt, empty, mislabelled or of the wrong shape; names the file and the record."""
 
 
+class InvalidRecord(DataError, InvalidValue):
+    """A record of data holds a value outside what is allowed; names the record and the value."""
+
+
 class CorruptFile(SparingError):
     """A file Sparing wrote is truncated, tampered with, or of a version this release does not read."""
 

@@ -311,7 +311,9 @@ def _check_fragile(training: Step, place: str, stand: _Standing, problems: list[
             continue
         if promise in stand.at_risk:
             keepers = [
-                name for name in _steps_with("fragile", promise) if "training" in resolve("steps", name).promises
+                name
+                for name in _steps_with("fragile", promise)
+                if "training" in declared(resolve("steps", name), "promises")
             ]
             problems.append(
                 f"{place}: {training.id!r} would undo the {promise} of {step.id!r} at {made}; "
@@ -707,6 +709,15 @@ def advance(job: Job, step: Step, test: Any) -> tuple[Job, Row, np.ndarray | Non
     return _finish(job, after.replace(capabilities=capabilities, notes=before.notes), step, test)
 
 
+def apply_steps(job: Job, steps: Iterable[Step]) -> Job:
+    """Apply steps to a job without measuring rows: for estimators, whose user asks for the model alone."""
+    for step in steps:
+        before = job.replace(store=_store_of(job, step))
+        with isolated_rng("step", job.seed, step.id):
+            job = step.apply(before)
+    return job
+
+
 def _store_of(job: Job, step: Step) -> BoundStore:
     """The store as this step sees it; how rows are measured is in the key only where the step chooses by it."""
     return job.store.child("step", step, asdict(job.meter) if step.by_clock and job.meter else None)
@@ -828,4 +839,4 @@ def run_inner(job: Job, steps: Sequence[Step]) -> Job:
     return job
 
 
-__all__ = ["Plan", "PlannedStep", "Run", "advance", "begin", "check_steps", "plan", "run", "run_inner"]
+__all__ = ["Plan", "PlannedStep", "Run", "advance", "apply_steps", "begin", "check_steps", "plan", "run", "run_inner"]

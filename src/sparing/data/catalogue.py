@@ -13,6 +13,8 @@ import numpy as np
 from sparing.core.errors import SparingError, UnknownName, did_you_mean
 from sparing.core.files import sha256_of
 from sparing.data.cifar import CIFAR10, read_cifar10
+from sparing.data.hflights import HFLIGHTS
+from sparing.data.hflights import split_of as flights_of
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
 from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
@@ -23,7 +25,7 @@ from sparing.data.tu import TU_SETS
 from sparing.data.tu import split_of as tu_split_of
 
 Reader = Callable[[Path, bool], tuple[Any, np.ndarray]]
-"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes or of graphs (N,), or N texts; labels (N,), or
+"""(data root, train?) → (images uint8 (N, H, W, C), numbers of nodes, graphs or rows (N,), or N texts; labels (N,), or
 numbers)."""
 
 READERS: dict[str, tuple[Source, Reader]] = {
@@ -34,6 +36,7 @@ READERS: dict[str, tuple[Source, Reader]] = {
     SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
     AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
     TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),
+    HFLIGHTS.name: (HFLIGHTS, flights_of),
     SQUAD.name: (SQUAD, lambda root, train: _numbered(read_published(root, train))),
     TINY_SHAKESPEARE.name: (TINY_SHAKESPEARE, lambda root, train: _characters(read_tiny_shakespeare(root), train)),
     US_ADDRESSES.name: (US_ADDRESSES, lambda root, train: _characters(read_us_addresses(root), train)),

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from numpy import ndarray
 
-from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, did_you_mean, shown
+from sparing.core.errors import CorruptFile, DataError, InvalidRecord, InvalidValue, SparingError, did_you_mean, shown
 from sparing.core.files import aside, canonical_json, folder_atomic, put_in_place, read_json, remove, write_json
 from sparing.core.fingerprint import fingerprint
 from sparing.core.metrics import roc_auc
@@ -186,6 +186,17 @@ def column_of(field: Field) -> str:
     return field.column or field.name
 
 
+def fields_of(kinds: Mapping[str, Column], min_count: int = 5) -> tuple[Field, ...]:
+    """Fields that follow from the kinds of columns: numbers become bins of equal shares, all else a category.
+
+    Missing numbers are unknown. ``min_count`` is that of the categories.
+    """
+    return tuple(
+        Numeric(name, "quantile", missing="unknown") if kind == "number" else Categorical(name, min_count)
+        for name, kind in kinds.items()
+    )
+
+
 def criteo_schema(min_count: int = 21, binning: Literal["log_square", "libffm"] = "log_square") -> CTRSchema:
     """Criteo's 13 numbers (a missing one is 0) and 26 categories; the published recipe keeps values seen over 20 times.
 
@@ -246,7 +257,7 @@ class Clicks:
                 f"ids of shape {ids.shape} and labels of shape {labels.shape}; (n, F) and (n,) are needed"
             )
         for row in np.flatnonzero((labels != 0) & (labels != 1))[:1]:
-            raise DataError(f"row {row}: the label is {labels[row]:g}; 0 or 1 is expected")
+            raise InvalidRecord(f"row {row}: the label is {labels[row]:g}; 0 or 1 is expected")
         self.ids, self.labels = ids, labels
 
     @classmethod
@@ -449,7 +460,8 @@ class CTREncoder:
             UserWarning: for columns that alone predict the label (see :func:`leaking`).
 
         Raises:
-            DataError: unreadable data; no row; a label other than 0 and 1; NaN without a rule for missing values.
+            DataError: unreadable data; no row.
+            InvalidRecord: a label other than 0 and 1; NaN without a rule for missing values.
         """
         counters: list[Any] = [None] * len(self.schema.fields)
         for place, field in enumerate(self.schema.fields):
@@ -579,7 +591,9 @@ class CTREncoder:
         label = self.schema.label
         values = batch.column(label).to_numpy()
         for row in np.flatnonzero((values != 0) & (values != 1))[:1]:
-            raise DataError(f"{where}, row {numbers[row]}: the label {label!r} is {values[row]:g}; 0 or 1 is expected")
+            raise InvalidRecord(
+                f"{where}, row {numbers[row]}: the label {label!r} is {values[row]:g}; 0 or 1 is expected"
+            )
         return values
 
     def _ids(self, batch: Any, where: str, numbers: np.ndarray) -> Int[ndarray, "n f"]:
@@ -676,7 +690,7 @@ def _values(field: Any, batch: Any, where: str, numbers: np.ndarray) -> np.ndarr
     if field.missing == "zero":
         return np.where(missing, 0.0, values)
     for row in np.flatnonzero(missing)[:1] if field.missing is None else ():
-        raise DataError(
+        raise InvalidRecord(
             f'{where}, row {numbers[row]}: no number in {column_of(field)!r}; say missing="zero" or missing="unknown"'
         )
     return values
@@ -746,7 +760,7 @@ def _distinct(values: Any) -> np.ndarray:
     return np.where(np.isnan(values), len(edges) + 1, quantile_bins(values, edges))
 
 
-# --- libFFM's text
+# --- texts of libFFM and libsvm
 
 
 def write_libffm(batches: Iterable[tuple[np.ndarray, np.ndarray]], target: Path | str) -> int:
@@ -754,6 +768,24 @@ def write_libffm(batches: Iterable[tuple[np.ndarray, np.ndarray]], target: Path 
 
     Features are the ids of each field as they are. Returns the rows written; the file is whole or not there.
     """
+    return _write_text(batches, target, lambda field, number: f"{field}:{number}:1")
+
+
+def write_libsvm(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], cardinalities: Sequence[int], target: Path | str
+) -> int:
+    """Write batches of (ids, labels) as libsvm's text, ``label index:1 …``; unknown ids are left out.
+
+    Ids are counted through all fields, of which ``cardinalities`` says how many each has, from 1. Returns the rows
+    written; the file is whole or not there.
+    """
+    first = np.cumsum([1, *cardinalities]).tolist()
+    return _write_text(batches, target, lambda field, number: f"{first[field] + number}:1")
+
+
+def _write_text(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], target: Path | str, entry: Callable[[int, int], str]
+) -> int:
     target, rows = Path(target), 0
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = aside(target)
@@ -761,7 +793,7 @@ def write_libffm(batches: Iterable[tuple[np.ndarray, np.ndarray]], target: Path 
         with temporary.open("x", encoding="ascii") as file:
             for ids, labels in batches:
                 for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
-                    entries = (f"{field}:{number}:1" for field, number in enumerate(row) if number >= 0)
+                    entries = (entry(field, number) for field, number in enumerate(row) if number >= 0)
                     file.write(" ".join([str(int(label)), *entries]) + "\n")
                 rows += len(ids)
         put_in_place(temporary, target)
@@ -770,14 +802,46 @@ def write_libffm(batches: Iterable[tuple[np.ndarray, np.ndarray]], target: Path 
     return rows
 
 
-def read_libffm(
-    path: Path | str, fields: int, batch_size: int = 2048
-) -> Iterator[tuple[Int[ndarray, "b f"], Float[ndarray, " b"]]]:
+Batches = Iterator[tuple[Int[ndarray, "b f"], Float[ndarray, " b"]]]
+
+
+def read_libffm(path: Path | str, fields: int, batch_size: int = 2048) -> Batches:
     """Batches of (ids int64 (B, F), labels float32 (B,)) of libFFM's text; a field that a line lacks is −1.
 
     Values other than 1, a field twice, and fields beyond ``fields`` are refused with the line: these models take one
     category of each field.
     """
+
+    def place(parts: list[str]) -> tuple[int, int]:
+        return int(parts[0]), int(parts[1])
+
+    return _read_text(path, fields, batch_size, "field:feature:value", place, f"a field in 0…{fields - 1}")
+
+
+def read_libsvm(path: Path | str, cardinalities: Sequence[int], batch_size: int = 2048) -> Batches:
+    """Batches of (ids int64 (B, F), labels float32 (B,)) of libsvm's text; a field that a line lacks is −1.
+
+    Indices are those of :func:`write_libsvm`. Values other than 1, two indices of one field, and indices beyond the
+    last are refused with the line.
+    """
+    first = np.cumsum([1, *cardinalities])
+
+    def place(parts: list[str]) -> tuple[int, int]:
+        field = int(np.searchsorted(first, int(parts[0]), side="right")) - 1
+        return field, int(parts[0]) - int(first[field])
+
+    expected = f"an index in 1…{int(first[-1]) - 1}, one of a field"
+    return _read_text(path, len(cardinalities), batch_size, "index:value", place, expected)
+
+
+def _read_text(
+    path: Path | str,
+    fields: int,
+    batch_size: int,
+    form: str,
+    place: Callable[[list[str]], tuple[int, int]],
+    expected: str,
+) -> Batches:
     rows: list[np.ndarray] = []
     labels: list[float] = []
     try:
@@ -785,7 +849,7 @@ def read_libffm(
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                label, row = _libffm_line(line, fields, f"{path}:{number}")
+                label, row = _text_line(line, fields, f"{path}:{number}", form, place, expected)
                 labels.append(label)
                 rows.append(row)
                 if len(rows) == batch_size:
@@ -797,20 +861,22 @@ def read_libffm(
         yield np.stack(rows), np.array(labels, np.float32)
 
 
-def _libffm_line(line: str, fields: int, where: str) -> tuple[float, np.ndarray]:
+def _text_line(
+    line: str, fields: int, where: str, form: str, place: Callable[[list[str]], tuple[int, int]], expected: str
+) -> tuple[float, np.ndarray]:
     label, *entries = line.split()
     if label not in ("0", "1", "-1", "+1"):
-        raise DataError(f"{where}: the label is {shown(label)}; 0 or 1 (or −1) is expected")
+        raise InvalidRecord(f"{where}: the label is {shown(label)}; 0 or 1 (or −1) is expected")
     row = np.full(fields, -1, np.int64)
     for entry in entries:
         parts = entry.split(":")
         try:
-            field, feature, value = int(parts[0]), int(parts[1]), float(parts[2])
-        except (ValueError, IndexError) as error:
-            raise DataError(f"{where}: {shown(entry)}; field:feature:value is expected") from error
-        if not 0 <= field < fields or feature < 0 or value != 1 or row[field] != -1 or len(parts) != 3:
-            raise DataError(
-                f"{where}: {shown(entry)}; a field in 0…{fields - 1}, each once, and the value 1 are expected"
-            )
+            if len(parts) != form.count(":") + 1:
+                raise ValueError(f"{len(parts)} parts")
+            (field, feature), value = place(parts), float(parts[-1])
+        except ValueError as error:
+            raise DataError(f"{where}: {shown(entry)}; {form} is expected") from error
+        if not 0 <= field < fields or feature < 0 or value != 1 or row[field] != -1:
+            raise DataError(f"{where}: {shown(entry)}; {expected}, each once, and the value 1 are expected")
         row[field] = feature
     return float(label in ("1", "+1")), row

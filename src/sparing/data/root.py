@@ -96,6 +96,18 @@ def own_data(task: str, path: str, root: Path, expected: str) -> Path:
     raise DataError(f"{task}: path = {path!r}: neither {looked} exists; {expected} is expected")
 
 
+def cut_shares(task: str, **shares: float) -> dict[str, float]:
+    """``shares`` (split → share of the records), or :class:`InvalidValue` naming the one that is none."""
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise InvalidValue(f"{task}: {name}_share = {share!r}; a share above 0 and below 1 is expected")
+    if sum(shares.values()) >= 1:
+        raise InvalidValue(
+            f"{task}: {' + '.join(f'{name}_share' for name in shares)} = {sum(shares.values()):g}; below 1 is expected"
+        )
+    return {name: float(share) for name, share in shares.items()}
+
+
 def own_splits(task: str, path: str, root: Path, expected: str, suffixes: Sequence[str]) -> dict[str, Path]:
     """Split → file of a user's own data: a file is "train"; a folder holds one for train, and may for val and test.
 

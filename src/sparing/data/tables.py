@@ -24,6 +24,8 @@ ROWS = 1 << 16
 """Rows of a batch that is read."""
 BLOCK = 1 << 24
 """Bytes of a text file that are parsed at a time."""
+BUFFER = 1 << 20
+"""Bytes of a column of a Parquet file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,9 @@ def _read_text(path: Path, columns: Mapping[str, Column], layout: Any, rows: int
 
 
 def _read_parquet(path: Path, columns: Mapping[str, Column], layout: Any, rows: int) -> Iterator[pa.RecordBatch]:
-    with arrow().parquet.ParquetFile(path, memory_map=False) as file:
+    # PyArrow's own choice, pre_buffer, keeps every byte it has read until the file is closed
+    options = {"memory_map": False, "pre_buffer": False, "buffer_size": BUFFER}
+    with arrow().parquet.ParquetFile(path, **options) as file:
         _absent(path, columns, file.schema_arrow.names)
         yield from file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False)
 

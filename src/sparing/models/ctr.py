@@ -1,4 +1,4 @@
-"""Click-through prediction from categorical fields: the embedding they share, and four well-known models.
+"""Click-through prediction from categorical fields: the embedding they share, and five well-known models.
 
 A model maps ids, int64 (B, F) with one id for each of F fields, to logits (B,). Id −1 stands for whatever is unknown:
 a value that was missing, never seen or too rare to have a row. It is a vector of zeros and is not trained. A table's
@@ -208,9 +208,13 @@ class RemappedIds(nn.Module):
         return self.model(torch.where(known, self.get_buffer("new_ids")[places].long(), -1))
 
 
-def without_zero_rows(model: CTRModel) -> RemappedIds:
-    """The model :meth:`~CTRModel.prune` makes, behind the ids it had: the same answers from fewer bytes."""
-    smaller, maps = model.prune()
+def without_zero_rows(model: CTRModel | RemappedIds) -> RemappedIds:
+    """The model :meth:`~CTRModel.prune` makes, behind the ids it had: the same answers from fewer bytes.
+
+    Of a model that has a list of ids already, it is the list that changes.
+    """
+    inner: Any = model.model if isinstance(model, RemappedIds) else model
+    smaller, maps = inner.prune()
     spec = smaller.__dict__["_sparing_spec"]
     remapped = build_model(
         RemappedIds, model={"name": spec.builder, **spec.config}, cardinalities=list(model.cardinalities)
@@ -218,8 +222,14 @@ def without_zero_rows(model: CTRModel) -> RemappedIds:
     assert isinstance(remapped, RemappedIds)
     remapped.model.load_state_dict(smaller.state_dict())
     if sum(model.cardinalities):
-        remapped.get_buffer("new_ids").copy_(torch.from_numpy(np.concatenate(maps)))
-    like = model.tables[0].weight
+        new_ids = torch.from_numpy(np.concatenate(maps)).to(torch.int32)
+        if isinstance(model, RemappedIds):
+            before, counts = model.get_buffer("new_ids").cpu(), model.fields.get_buffer("counts").cpu()
+            places = before + inner.fields.get_buffer("offsets").cpu().repeat_interleave(counts)
+            unknown = torch.full((1,), -1, dtype=torch.int32)
+            new_ids = torch.cat([new_ids, unknown])[torch.where(before >= 0, places, -1)]
+        remapped.get_buffer("new_ids").copy_(new_ids)
+    like = inner.tables[0].weight
     remapped.model.to(dtype=like.dtype)
     return remapped.to(like.device).train(model.training)
 
@@ -286,6 +296,51 @@ class FactorizationMachine(CTRModel):
         """Ids (B, F) → logits (B,)."""
         found = self.fields(ids)
         return self.bias + self.weights(*found).sum((1, 2)) + pairwise(self.factors(*found))
+
+
+class FNN(CTRModel):
+    """A perceptron on the weights and factors of a factorisation machine (Zhang, Du and Wang 2016, arXiv:1601.02376).
+
+    Shapes: ids (B, F) → logits (B,). Its input are (w, v) of all fields, F·(D + 1) numbers. The paper's network begins
+    with those of a trained machine, which :meth:`begin_with` takes over, and has tanh where this has ReLU.
+
+    Args:
+        cardinalities: ids of each field.
+        dim: D, numbers in a factor.
+        widths: units of each hidden layer.
+        dropout: share of hidden units dropped in training.
+        init_std: standard deviation of initial factors; None: 1/√D.
+    """
+
+    def __init__(
+        self,
+        cardinalities: Sequence[int],
+        dim: int = 16,
+        widths: Sequence[int] = (128, 128),
+        dropout: float = 0.0,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(cardinalities, dim=dim, widths=list(widths), dropout=dropout, init_std=init_std)
+        self.weights = self._table(1, std=0.01)
+        self.factors = self._table(dim, init_std)
+        size = len(self.cardinalities) * (dim + 1)
+        self.deep = perceptron("FNN", size, widths, dropout)
+        self.head = nn.Linear(widths[-1] if widths else size, 1)
+
+    def begin_with(self, machine: FactorizationMachine) -> None:
+        """Take over the weights and factors of a machine with the same fields and D."""
+        if (machine.cardinalities, machine.factors.embedding_dim) != (self.cardinalities, self.factors.embedding_dim):
+            raise InvalidValue(
+                f"FNN: the machine has {machine.factors} and this {self.factors}; the same fields and D are expected"
+            )
+        self.weights.load_state_dict(machine.weights.state_dict())
+        self.factors.load_state_dict(machine.factors.state_dict())
+
+    def forward(self, ids: Tensor) -> Float[Tensor, " b"]:
+        """Ids (B, F) → logits (B,)."""
+        found = self.fields(ids)
+        x = torch.cat([self.weights(*found), self.factors(*found)], 2)
+        return self.head(self.deep(x.flatten(1))).squeeze(1)
 
 
 class DeepFM(CTRModel):

@@ -16,14 +16,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparing.core.errors import InvalidValue, shown
+from sparing.core.errors import InvalidValue, NoEffect, shown
+from sparing.core.step import Stage, Step, step
+
+if TYPE_CHECKING:
+    from sparing.core.job import Job
 
 MEAN_LOSS_LAMBDA = 0.1
 """λ1 above this zeroes nearly everything when the loss is a mean over the batch."""
@@ -340,6 +345,11 @@ class CombinedOptimizer(Optimizer):
         self._join()
 
 
+def embedding_layers(model: nn.Module) -> list[nn.Embedding]:
+    """The ``nn.Embedding`` layers of a model whose table is trained."""
+    return [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight.requires_grad]
+
+
 def combined_optimizer(
     model: nn.Module,
     alpha: float = 0.1,
@@ -372,7 +382,7 @@ def combined_optimizer(
     Raises:
         InvalidValue: a model without a table to train; arguments outside the bounds of the two.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    layers = embedding_layers(model)
     tables = list(dict.fromkeys(layer.weight for layer in layers))
     if not tables:
         raise InvalidValue(f"{type(model).__name__} has no embedding table (nn.Embedding) to train with GroupFTRL")
@@ -384,3 +394,94 @@ def combined_optimizer(
     for layer in layers:
         layer.sparse = sparse
     return CombinedOptimizer(*parts)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@step("group_ftrl")
+class GroupFtrl(Step):
+    """Train embedding tables with group-lasso FTRL, which zeroes whole rows, and everything else with FTRL.
+
+    It is the optimizer of the next training, with learning rates of its own. The rows of zeros are as many bytes as
+    before until a ``drop_zero_rows`` follows.
+    """
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
+    fragile: ClassVar[frozenset[str]] = frozenset({"rows of zeros"})
+    slots: ClassVar[frozenset[str]] = frozenset({"optimizer"})
+    source: ClassVar[str] = (
+        "Yan and Li 2020, xDeepInt, arXiv:2301.01089; group lasso: Ni et al. 2019, Feature Selection for Facebook Feed "
+        "Ranking System via a Group-Sparsity-Regularized Training Algorithm, CIKM; FTRL: McMahan et al. 2013, alg. 1"
+    )
+
+    alpha: float = Field(default=0.1, gt=0)
+    """Learning rate of embedding tables."""
+    beta: float = Field(default=1.0, ge=0)
+    """Added to √n in the tables' denominator."""
+    lambda1: float = Field(default=4.0, ge=0)
+    """Strength of the group lasso on each row, for a loss that is summed over the batch; 0: no row becomes zero."""
+    lambda2: float = Field(default=1.0, ge=0)
+    """L2 of the tables."""
+    lr: float = Field(default=0.05, gt=0)
+    """Learning rate of everything else."""
+    l1: float = Field(default=0.1, ge=0)
+    """L1 of everything else."""
+    l2: float = Field(default=0.1, ge=0)
+    """L2 of everything else, which counts twice."""
+    initial_accumulator: float = Field(default=0.1, gt=0)
+    """n of everything else before the first step."""
+    sparse: bool = True
+    """Take sparse gradients of tables, so that a step takes time for the rows of its batch; the result is the same."""
+
+    @property
+    def promises(self) -> frozenset[str]:  # type: ignore[override]  # no row becomes zero without a penalty
+        """A training, and with ``lambda1`` rows of zeros, which a later step drops."""
+        return frozenset({"training", *(["rows of zeros"] if self.lambda1 else [])})
+
+    def apply(self, job: Job) -> Job:
+        """The job, whose next training is made by a :class:`CombinedOptimizer`."""
+        model = job.model if job.model is not None else job.fresh_model()  # which says why there is none
+        layers = embedding_layers(model)
+        if not layers:
+            kinds = sorted({type(m).__name__ for m in model.modules() if [*m.parameters(recurse=False)]})
+            raise NoEffect(
+                f"{self.id!r}: {type(model).__name__} has no embedding table (nn.Embedding) that is trained; it has "
+                f"{', '.join(kinds) or 'nothing that is'}"
+            )
+        rows = sum(layer.num_embeddings for layer in layers)
+        job.notes.remarks.append(f"the next training takes G-FTRL for tables of {rows:,} rows, FTRL for all else")
+        reduction = job.task.loss_reduction
+        if reduction == "mean" and self.lambda1 > MEAN_LOSS_LAMBDA:
+            job.notes.remarks.append(
+                f"the loss of {job.task.name} is a mean over the batch, for which lambda1 = {self.lambda1:g} is much; "
+                "nearly every row may become zero"
+            )
+
+        def wrap(model: nn.Module) -> tuple[nn.Module, Callable[[], nn.Module]]:
+            flags = [(layer, layer.sparse) for layer in embedding_layers(model)]
+
+            def undo() -> nn.Module:
+                for layer, sparse in flags:  # a later optimizer may take no sparse gradients
+                    layer.sparse = sparse
+                return model
+
+            return model, undo
+
+        def optimizer(model: nn.Module) -> CombinedOptimizer:
+            return combined_optimizer(
+                model,
+                self.alpha,
+                self.beta,
+                self.lambda1,
+                self.lambda2,
+                self.lr,
+                self.l1,
+                self.l2,
+                self.initial_accumulator,
+                self.sparse,
+                reduction,
+            )
+
+        return job.replace(training=job.training.adding(model_wraps=wrap, optimizer=optimizer))

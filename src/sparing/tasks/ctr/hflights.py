@@ -10,20 +10,10 @@ import numpy as np
 
 from sparing.core.errors import InvalidValue
 from sparing.data.ctr import Categorical, CTRSchema, Numeric
-from sparing.data.root import Source as Published
+from sparing.data.hflights import TEST_FOLD, read_hflights
 from sparing.data.tables import Source, arrow, evenly
 from sparing.tasks.ctr.base import ClickThrough
 
-HFLIGHTS = Published(
-    "hflights",
-    "Flights from Houston in 2011, late by more than 15 minutes or not",
-    "CC0",
-    "https://github.com/hadley/hflights",
-    (),
-    place="hflights_delay/hflights_delay.parquet",
-    made="A Parquet file with the columns label, month, day_of_month, day_of_week, day_of_year, sched_dep_minute, "
-    "carrier, flight_num, tail_num, origin, dest, distance and fold (0 … 9) belongs at {path}.",
-)
 LAST_TRAINING_DAY = 292
 """Of the split by time."""
 
@@ -65,12 +55,11 @@ class HFlights(ClickThrough):
 
     def _read(self, root: Path) -> dict[str, Any]:
         if root not in self._parts:
-            pa = arrow("the task hflights")
-            table = HFLIGHTS.read(root, lambda path: pa.parquet.read_table(path))
+            pa, table = arrow("the task hflights"), read_hflights(root)
             rows = np.arange(len(table))
             if self.split == "fold":
                 fold = table["fold"].to_numpy()
-                training, val, test = fold <= 7, fold == 8, fold == 9
+                training, val, test = fold < TEST_FOLD - 1, fold == TEST_FOLD - 1, fold == TEST_FOLD
             else:
                 test = table["day_of_year"].to_numpy() > LAST_TRAINING_DAY
                 val = ~test & (evenly(rows, 1) < 0.1)

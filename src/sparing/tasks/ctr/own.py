@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparing.core.errors import DataError, InvalidValue, did_you_mean
-from sparing.data.ctr import Categorical, CTRSchema, Field, Numeric, avazu_schema, criteo_schema
-from sparing.data.root import own_splits
+from sparing.data.ctr import Categorical, CTRSchema, avazu_schema, criteo_schema, fields_of
+from sparing.data.root import cut_shares, own_splits
 from sparing.data.tables import LAYOUTS, Layout, Part, Source, column_kinds
 from sparing.tasks.ctr.base import ClickThrough
 
@@ -60,12 +60,7 @@ class ClickTable(ClickThrough):
             raise InvalidValue(f"click_table: exclude = {exclude!r}; a list of names of columns is expected")
         if fields is not None and exclude:
             raise InvalidValue("click_table: exclude says what is no field, and so do the fields; give one of them")
-        self.shares = {"test": test_share, "val": val_share, "calibration": calibration_share}
-        for name, share in self.shares.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-                raise InvalidValue(f"click_table: {name}_share = {share!r}; a share above 0 and below 1 is expected")
-        if sum(self.shares.values()) >= 1:
-            raise InvalidValue(f"click_table: the shares add up to {sum(self.shares.values()):g}; below 1 is expected")
+        self.shares = cut_shares("click_table", test=test_share, val=val_share, calibration=calibration_share)
         self.path, self.layout, self.min_count = str(path), layout, min_count
         self.label = label or ("click" if layout == "avazu" else "label")
         self.exclude = [str(name) for name in exclude]
@@ -111,11 +106,7 @@ class ClickTable(ClickThrough):
             if name not in kinds:
                 there = ", ".join(map(repr, kinds))[:500]
                 raise DataError(f"{file}: no column {name!r}.{did_you_mean(name, kinds)} Columns: {there}")
-        fields: list[Field] = [
-            Numeric(name, "quantile", missing="unknown") if kind == "number" else Categorical(name, self.min_count)
-            for name, kind in kinds.items()
-            if name != self.label and name not in self.exclude
-        ]
-        if not fields:
+        left = {name: kind for name, kind in kinds.items() if name != self.label and name not in self.exclude}
+        if not left:
             raise DataError(f"{file}: no column besides the label {self.label!r} to predict it from")
-        return CTRSchema(tuple(fields), self.label)
+        return CTRSchema(fields_of(left, self.min_count), self.label)

@@ -76,7 +76,7 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Sequence[Any] | np.ndarray) -> EMOClassifier:
         """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3), n ≥ 20, with a label each of at least two classes."""
-        from sparing.core.pipeline import begin
+        from sparing.core.pipeline import apply_steps, begin
 
         images, labels = _images(X), np.asarray(y)
         if labels.shape != (len(images),):
@@ -84,9 +84,7 @@ class EMOClassifier(ClassifierMixin, BaseEstimator):
         classes, numbers = np.unique(labels, return_inverse=True)
         task = _InMemory(images, numbers, [str(label) for label in classes], self.val_share)
         model = {**(self.fields or {}), "name": "emo", "variant": self.variant}
-        job = begin(task, model, seed=self.seed, store=self.store)
-        for step in self._steps():
-            job = step.apply(job)
+        job = apply_steps(begin(task, model, seed=self.seed, store=self.store), self._steps())
         assert job.predictor is not None
         assert job.model is not None
         self.classes_, self.n_features_in_ = classes, int(np.prod(images.shape[1:]))

@@ -15,6 +15,7 @@ from sparing.core.errors import DataError, InvalidValue, shown
 from sparing.core.metrics import CLASSIFICATION_METRICS, evaluate_classification
 from sparing.core.task import Evaluation, Metric, Splits
 from sparing.data.images import stratified_cut
+from sparing.data.root import cut_shares
 from sparing.data.text import Labelled, LabelledTexts, Texts, pad_texts
 from sparing.data.wordpiece import checked_text
 from sparing.tasks.text.base import PIECES, TextTask
@@ -119,18 +120,6 @@ class ClassifiedTexts(TextTask):
     def definition(self) -> dict[str, Any]:
         """With the shares."""
         return {**super().definition(), "shares": dict(self.shares)}
-
-
-def cut_shares(task: str, **shares: float) -> dict[str, float]:
-    """``shares`` (split → share of each class), or :class:`InvalidValue` naming the one that is none."""
-    for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-            raise InvalidValue(f"{task}: {name}_share = {share!r}; a share above 0 and below 1 is expected")
-    if sum(shares.values()) >= 1:
-        raise InvalidValue(
-            f"{task}: {' + '.join(f'{name}_share' for name in shares)} = {sum(shares.values())}; below 1 is expected"
-        )
-    return {name: float(share) for name, share in shares.items()}
 
 
 class TextClassification(ClassifiedTexts):

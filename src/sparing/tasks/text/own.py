@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sparing.core.errors import DataError, InvalidValue
-from sparing.data.root import data_root, own_splits
+from sparing.data.root import cut_shares, data_root, own_splits
 from sparing.data.text import Labelled, read_labelled, read_table
 from sparing.tasks.text.base import PIECES
-from sparing.tasks.text.classification import ClassifiedTexts, cut_shares
+from sparing.tasks.text.classification import ClassifiedTexts
 
 SUFFIXES = (".tsv", ".csv", ".tsv.gz", ".csv.gz")
 
