@@ -119,6 +119,8 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.hotter.epochs=1",
     ),
     "xdeepint": (
+        "task.train_limit=2000",
+        "task.test_limit=200",
         "model.dim=2",
         "model.widths=[4]",
         "steps.deepfm.max_steps=2",
@@ -127,6 +129,8 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.xdeepint.model.num_subspaces=2",
     ),
     "ctr": (
+        "task.train_limit=2000",
+        "task.test_limit=200",
         "model.dim=2",
         "model.num_subspaces=2",
         "steps.train.max_steps=2",
