@@ -331,9 +331,9 @@ class UsAddresses(LanguageModelling):
     """Addresses of US presidents: byte pairs of 124 documents since 1789, each line a sample of its own length.
 
     Read from ``lm_text/us_addresses.jsonl.gz`` under the data root. Every tenth document, from the first on, is for
-    the test split, every tenth from the sixth on validates and every twentieth from the ninth on calibrates. No document
-    is in two splits; a few lines, such as greetings, are in many documents. Lengths and vocabulary differ widely, so
-    there is something for a curriculum to order.
+    the test split, every tenth from the sixth on validates and every twentieth from the ninth on calibrates. No
+    document is in two splits; a few lines, such as greetings, are in many documents. Lengths and vocabulary differ
+    widely, so there is something for a curriculum to order.
 
     Args:
         length: most tokens of an input; longer lines are cut.
