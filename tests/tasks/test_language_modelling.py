@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,16 @@ def test_a_model_learns_and_the_saved_one_scores_texts(tmp_path: Path):
         score_texts(predictor, ["a", "az"])
     with pytest.raises(InvalidValue, match="a list of at least one text"):
         score_texts(predictor, [])
+    with pytest.raises(InvalidValue, match="batch_size = 0"):
+        score_texts(predictor, ["a"], 0)
+    code = (
+        "import sys; sys.modules['torch'] = None; import sparing; print(sparing.score_texts(sparing.load(sys.argv[1]), "
+    )
+    code += "['aAbBcC', 'aBbCcA'])[0].tolist())"
+    alone = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out" / "model")], capture_output=True, text=True, check=True
+    )
+    np.testing.assert_allclose(json.loads(alone.stdout), found.log_probability[:2], rtol=1e-4)
 
 
 def test_a_text_longer_than_the_model_is_read_in_windows(tmp_path: Path):

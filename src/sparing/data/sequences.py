@@ -63,7 +63,7 @@ def read_corpus_of(task: str, path: str, root: Path) -> dict[str, list[str]]:
         if any((place / f"train{suffix}").is_file() for suffix in SUFFIXES):
             found = own_splits(task, path, root, expected, SUFFIXES)
             return {split: read_documents(file) for split, file in found.items()}
-        files = sorted(file for file in place.iterdir() if file.is_file() and file.name.lower().endswith(SUFFIXES))
+        files = sorted(file for file in place.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
         splits = {name for names in SPLITS.values() for name in names}
         if alone := [file for file in files if file.name.split(".")[0] in splits]:
             raise DataError(f"{place}: {alone[0].name} is there without train{SUFFIXES[0]}; both are expected, or none")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from sparing.core.collation import batches_of, items_of
+from sparing.core.collation import items_of
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import log_softmax
 from sparing.core.predictor.preprocessing import Preprocessing
@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 
     from sparing.core.predictor import Predictor
 
-EVALUATION_BATCH = 32
-
-Level = Literal["characters", "byte_pairs"]
-Samples = Literal["windows", "lines", "documents"]
+EVALUATION_BATCH = 16
 
 
 class LanguageModelling(ReadTask):
@@ -73,9 +70,9 @@ class LanguageModelling(ReadTask):
     def __init__(
         self,
         length: int,
-        level: Level,
+        level: Literal["characters", "byte_pairs"],
         vocab_size: int,
-        samples: Samples,
+        samples: Literal["windows", "lines", "documents"],
         stride: int | None = None,
         train_limit: int | None = None,
         test_limit: int | None = None,
@@ -241,12 +238,12 @@ class LanguageModelling(ReadTask):
         return {**super().definition(), "language": own}
 
 
-def token_nats(logits: Float[ndarray, "n t v"], targets: Int[ndarray, "n t"], vocab_size: int) -> Float[ndarray, "n t"]:
-    """−log softmax(logits)[target] of each token (N, T); :class:`InvalidValue` for logits of another shape."""
+def token_nats(logits: Float[ndarray, "..."], targets: Int[ndarray, "n t"], vocab_size: int) -> Float[ndarray, "n t"]:
+    """−log softmax(logits)[target] of each token (N, T); :class:`InvalidValue` unless logits are (N, T, vocab_size)."""
     if logits.shape != (*targets.shape, vocab_size):
         raise InvalidValue(f"outputs of shape {logits.shape}; logits {(*targets.shape, vocab_size)} are expected")
-    flat = log_softmax(logits.reshape(-1, vocab_size))
-    return -flat[np.arange(len(flat)), targets.reshape(-1)].reshape(targets.shape)
+    # row by row: a copy of all logits may be large
+    return np.stack([-log_softmax(row)[np.arange(len(t)), t] for row, t in zip(logits, targets, strict=True)])
 
 
 class TextScores(NamedTuple):
@@ -259,7 +256,7 @@ class TextScores(NamedTuple):
 
 
 def score_texts(predictor: Predictor, texts: Sequence[str], batch_size: int = EVALUATION_BATCH) -> TextScores:
-    """How probable a language model finds texts: log p = Σ log p(token | those before it).
+    """How probable a language model finds texts: log p = Σ log p(token | those before it). Needs no torch.
 
     Where texts are samples of their own (``samples`` other than "windows"), all tokens of a text count. Where a model
     was trained on windows its first token does not, as nothing is known before it. A text that is longer than the model
@@ -268,7 +265,7 @@ def score_texts(predictor: Predictor, texts: Sequence[str], batch_size: int = EV
     Args:
         predictor: of a task of language modelling, also one that was saved and loaded again.
         texts: at least one.
-        batch_size: windows that are answered together.
+        batch_size: windows that are answered together, at least 1.
 
     Raises:
         InvalidValue: a predictor of another kind of task.
@@ -279,24 +276,25 @@ def score_texts(predictor: Predictor, texts: Sequence[str], batch_size: int = EV
         raise InvalidValue("score_texts: the predictor of a language model is needed; this one's preprocessing is "
                            f"{[type(operation).__name__ for operation in operations]}")  # fmt: skip
     tokens = operations[0]
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidValue(f"score_texts: batch_size = {batch_size!r}; a whole number of at least 1 is expected")
     if isinstance(texts, str) or len(texts) == 0:
         raise InvalidValue(f"score_texts: texts = {texts!r}; a list of at least one text is expected")
-    owner: list[int] = []
-    windows: list[Any] = []
-    import torch
-
-    for number, ids in enumerate(tokens.begun(texts)):
-        for start in range(0, len(ids) - 1, tokens.max_length):
-            owner.append(number)
-            windows.append(torch.from_numpy(ids[start : start + tokens.max_length + 1]))
-    log_probability, counted, done = np.zeros(len(texts)), np.zeros(len(texts), np.int64), 0
-    for batch in batches_of(windows, batch_size, pad_sequences):
-        ids, real = np.asarray(batch["input_ids"]), np.asarray(batch["attention_mask"])[:, 1:] != 0
-        nats = token_nats(np.asarray(predictor(ids[:, :-1])), ids[:, 1:], len(tokens.vocabulary))
-        rows = owner[done : done + len(ids)]
-        np.subtract.at(log_probability, rows, np.where(real, nats, 0.0).sum(1))
-        np.add.at(counted, rows, real.sum(1))
-        done += len(ids)
+    windows = [
+        (number, ids[start : start + tokens.max_length + 1])
+        for number, ids in enumerate(tokens.begun(texts))
+        for start in range(0, len(ids) - 1, tokens.max_length)
+    ]
+    log_probability, counted = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
+    for first in range(0, len(windows), batch_size):
+        part = windows[first : first + batch_size]
+        batch = np.zeros((len(part), max(len(ids) for _, ids in part)), np.int64)
+        for row, (_, ids) in zip(batch, part, strict=True):
+            row[: len(ids)] = ids
+        nats = token_nats(np.asarray(predictor(batch[:, :-1])), batch[:, 1:], len(tokens.vocabulary))
+        for each, (number, ids) in zip(nats, part, strict=True):
+            log_probability[number] -= each[: len(ids) - 1].sum()
+            counted[number] += len(ids) - 1
     return TextScores(log_probability, counted)
 
 
@@ -333,8 +331,9 @@ class UsAddresses(LanguageModelling):
     """Addresses of US presidents: byte pairs of 124 documents since 1789, each line a sample of its own length.
 
     Read from ``lm_text/us_addresses.jsonl.gz`` under the data root. Every tenth document, from the first on, is for
-    the test split, every tenth from the sixth on validates and every twentieth from the ninth on calibrates. Lengths
-    and vocabulary differ widely, so there is something for a curriculum to order.
+    the test split, every tenth from the sixth on validates and every twentieth from the ninth on calibrates. No
+    document is in two splits; a few lines, such as greetings, are in many documents. Lengths and vocabulary differ
+    widely, so there is something for a curriculum to order.
 
     Args:
         length: most tokens of an input; longer lines are cut.
@@ -388,9 +387,9 @@ class TextCorpus(LanguageModelling):
         self,
         path: str,
         length: int = 128,
-        level: Level = "byte_pairs",
+        level: Literal["characters", "byte_pairs"] = "byte_pairs",
         vocab_size: int = 2000,
-        samples: Samples = "windows",
+        samples: Literal["windows", "lines", "documents"] = "windows",
         stride: int | None = None,
         split: Literal["documents", "tail"] | None = None,
         test_share: float = 0.1,
