@@ -94,9 +94,7 @@ def clip_starts(duration_us: int, dt_us: int, T: int, clips: int = 10) -> Intege
     return np.array([min(i * int(duration_us) // clips, room) for i in range(clips)], dtype=np.int64)
 
 
-def clip_votes(
-    predicted: Integer[ndarray, "n clips"], labels: Integer[ndarray, " n"]
-) -> Bool[ndarray, " n"]:
+def clip_votes(predicted: Integer[ndarray, "n clips"], labels: Integer[ndarray, " n"]) -> Bool[ndarray, " n"]:
     """Whether MORE than half the clips of each recording (n, clips) were given its label (n,)."""
     return 2 * (predicted == labels[:, None]).sum(1) > predicted.shape[1]
 

@@ -71,9 +71,7 @@ class EventSimulator:
         first, last = int(times[0]), int(times[-1])
         noise = int(draw.poisson(self.noise_hz * 1e-6 * (last - first) * height * width))
         drawn = (draw.integers(0, n, noise) for n in (height * width, last - first, 2))
-        pixels, stamps, polarities = (
-            np.concatenate([own, more]) for own, more in zip(columns, drawn, strict=True)
-        )
+        pixels, stamps, polarities = (np.concatenate([own, more]) for own, more in zip(columns, drawn, strict=True))
         stamps[len(columns[0]) :] += first
         if not len(stamps):
             raise DataError("no pixel of these frames has an event; something that moves, or noise, is expected")

@@ -26,12 +26,15 @@ def sensor_of(size: Any) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def check_events(x: np.ndarray, y: np.ndarray, t: np.ndarray, p: np.ndarray, sensor: Any, where: str) -> None:
-    """Raise :class:`DataError`, which begins with ``where``, for arrays that are no stream of events."""
+def check_events(columns: Sequence[np.ndarray], sensor: Any, where: str) -> None:
+    """Raise :class:`DataError`, which begins with ``where``, for columns x, y, t and p that are no stream."""
+    x, y, t, p = columns
     width, height = sensor_of(sensor)
-    for name, values in zip(FIELDS, (x, y, t, p), strict=True):
+    for name, values in zip(FIELDS, columns, strict=True):
         if values.ndim != 1 or values.dtype.kind not in "biu":
-            raise DataError(f"{where}: {name} is {values.dtype} of shape {values.shape}; whole numbers (n,) are expected")
+            raise DataError(
+                f"{where}: {name} is {values.dtype} of shape {values.shape}; whole numbers (n,) are expected"
+            )
     if len({len(values) for values in (x, y, t, p)}) != 1:
         raise DataError(f"{where}: {len(x)} x, {len(y)} y, {len(t)} t and {len(p)} p; equal numbers are expected")
     if not len(t):
@@ -78,7 +81,7 @@ class EventStream:
     def __post_init__(self) -> None:
         sensor = sensor_of(self.sensor_size)
         columns = [np.asarray(getattr(self, name)) for name in FIELDS]
-        check_events(*columns, sensor, "events")
+        check_events(columns, sensor, "events")
         object.__setattr__(self, "sensor_size", sensor)
         for name, values, kind in zip(FIELDS, columns, (np.int32, np.int32, np.int64, np.uint8), strict=True):
             object.__setattr__(self, name, values.astype(kind))
@@ -107,7 +110,8 @@ class EventStream:
             raise DataError(f"events: a {type(events).__name__} with {held}; x, y, t (µs) and p are expected")
         if sensor_size is None:
             raise InvalidValue("events: sensor_size is needed: the array does not say how large the sensor is")
-        return cls(*(np.asarray(events[name]) for name in FIELDS), sensor_size)
+        x, y, t, p = (np.asarray(events[name]) for name in FIELDS)
+        return cls(x, y, t, p, sensor_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +143,15 @@ class EventRecordings:
         offsets, labels = np.asarray(self.offsets), np.asarray(self.labels)
         count = len(offsets) - 1
         if offsets.ndim != 1 or count < 1 or offsets.dtype.kind not in "iu":
-            raise DataError(f"{self.where}: offsets of shape {offsets.shape}; one more than there are streams is expected")
+            raise DataError(
+                f"{self.where}: offsets of shape {offsets.shape}; one more than there are streams is expected"
+            )
         if offsets[0] != 0 or offsets[-1] != len(self.t) or (np.diff(offsets.astype(np.int64)) < 1).any():
             raise DataError(f"{self.where}: offsets that do not rise from 0 to the number of events, {len(self.t)}")
         if labels.shape != (count,) or labels.dtype.kind not in "iu":
-            raise DataError(f"{self.where}: labels {labels.dtype} of shape {labels.shape}; {count} classes are expected")
+            raise DataError(
+                f"{self.where}: labels {labels.dtype} of shape {labels.shape}; {count} classes are expected"
+            )
         wrong = np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))
         if len(wrong):
             raise DataError(
@@ -156,8 +164,8 @@ class EventRecordings:
         object.__setattr__(self, "labels", labels.astype(np.int64))
         for i in range(count):
             inside = slice(offsets[i], offsets[i + 1])
-            columns = (np.asarray(getattr(self, name))[inside] for name in FIELDS)
-            check_events(*columns, self.sensor_size, f"{self.where}: stream {i}")
+            columns = [np.asarray(getattr(self, name))[inside] for name in FIELDS]
+            check_events(columns, self.sensor_size, f"{self.where}: stream {i}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -166,7 +174,8 @@ class EventRecordings:
         if not 0 <= index < len(self):
             raise IndexError(index)
         inside = slice(self.offsets[index], self.offsets[index + 1])
-        return EventStream(*(getattr(self, name)[inside] for name in FIELDS), self.sensor_size)
+        x, y, t, p = (np.asarray(getattr(self, name))[inside] for name in FIELDS)
+        return EventStream(x, y, t, p, self.sensor_size)
 
     def __iter__(self) -> Iterator[EventStream]:
         return (self[i] for i in range(len(self)))

@@ -6,6 +6,8 @@ the published code, so that its state dicts fit.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,9 +43,15 @@ class _Squeeze(nn.Module):
             layer(size, hidden, 1, bias=False), nn.ReLU(), layer(hidden, size, 1, bias=False)
         )
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Of the MLP's two layers, (n//ratio, n) and (n, n//ratio)."""
+        inner, outer = cast("list[Tensor]", [self.sharedMLP[i].weight for i in (0, 2)])
+        return inner.flatten(1), outer.flatten(1)
+
     def squeezed(self, rows: Float[Tensor, "b n m"]) -> Float[Tensor, "b n"]:
         """Mean and maximum over the last axis → gates (B, n); of equal maxima the first gets the gradient."""
-        inner, outer = (self.sharedMLP[i].weight.flatten(1) for i in (0, 2))
+        inner, outer = self.weights
         pooled = torch.stack([rows.mean(2), rows.max(2).values])
         mean, largest = linear(torch.relu(linear(pooled, inner)), outer).unbind(0)
         return torch.sigmoid(mean + largest)
@@ -205,6 +213,6 @@ def keep_top(
         )
     flat = gate.flatten(1)
     count = -int(-ratio * flat.shape[1] // 1)
-    order = flat.argsort(1, descending=True, stable=True)[:, :count]
+    order = torch.sort(flat, 1, descending=True, stable=True).indices[:, :count]
     kept = torch.zeros_like(flat).scatter_(1, order, 1.0).view_as(gate)
     return x * (kept * gate if coefficient else kept)

@@ -50,7 +50,9 @@ def base_energy(operations: Sequence[float], rates: Sequence[float], phi0: float
         T: steps.
     """
     if len(rates) < len(operations) - 1:
-        raise InvalidValue(f"{len(operations)} layers and {len(rates)} rates; one for each layer but the last is needed")
+        raise InvalidValue(
+            f"{len(operations)} layers and {len(rates)} rates; one for each layer but the last is needed"
+        )
     macs = T * operations[0] * phi0
     accumulates = T * sum(fl * phi for fl, phi in zip(operations[1:], rates, strict=False))
     return Energy(macs, accumulates, MAC_PJ["fp32"] * macs + ADD_PJ["fp32"] * accumulates)
@@ -177,7 +179,7 @@ def spike_report(model: nn.Module, data: Any) -> SpikeReport:
     """Measure a spiking network in evaluation mode.
 
     Args:
-        model: a network of these layers, such as :class:`~sparing.models.spiking.gesture.GestureSNN`; it stays as it is.
+        model: a network of these layers, such as :class:`~sparing.models.spiking.gesture.GestureSNN`; stays as it is.
         data: its inputs (N, T, C, H, W) as a tensor or array, or an iterable of such batches, or of tuples that begin
             with one.
 
@@ -284,7 +286,7 @@ class _Counter:
         for name, total in self.spikes.items():
             neurons, steps = self.sizes[name]
             layers.append(Neurons(name, neurons, total / n, total / (n * neurons * steps)))
-        synapses = []
+        synapses: list[Synapses] = []
         for name, (operations, active, seen, rows, binary) in self.active.items():
             counted = operations * active / seen * rows / n
             real = not synapses or not binary

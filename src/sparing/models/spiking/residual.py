@@ -150,9 +150,7 @@ class MSResSNN(nn.Module):
         widths = each(name, "widths", list(widths), 4)
         numbers = each(name, "blocks", list(DEPTHS[depth] if blocks is None else blocks), 4)
         self.in_channels, self.T = in_channels, T
-        self.conv1 = nn.Sequential(
-            SequenceConv2d(in_channels, widths[0], 7, 2, 3), SequenceNorm(widths[0], THRESHOLD)
-        )
+        self.conv1 = nn.Sequential(SequenceConv2d(in_channels, widths[0], 7, 2, 3), SequenceNorm(widths[0], THRESHOLD))
         channels = widths[0]
         for stage, (width, number) in enumerate(zip(widths, numbers, strict=True), start=2):
             made = []
@@ -175,8 +173,8 @@ class MSResSNN(nn.Module):
                 f"{self.in_channels}, H, W) with H and W multiples of 32 is expected"
             )
         x = self.conv1(x)
-        for stage in (self.conv2_x, self.conv3_x, self.conv4_x, self.conv5_x):
-            x = stage(x)
+        for number in range(2, 6):
+            x = self.get_submodule(f"conv{number}_x")(x)
         return self.lif(x).mean((3, 4)).mean(1)
 
     def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
