@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -181,6 +181,10 @@ class FramedEvents:
     def at(self, start: Literal["first", "random"] | int) -> FramedEvents:
         """The same recordings, begun elsewhere."""
         return FramedEvents(self.recordings, *self.settings, start=start, rows=self.rows)
+
+    def changed(self, change: Callable[[EventRecordings], EventRecordings]) -> FramedEvents:
+        """These recordings alone, after ``change``."""
+        return FramedEvents(change(self.recordings.subset(self.rows)), *self.settings, start=self.start)
 
     def fingerprint(self) -> str:
         """Changes with the recordings, the rows and how they become frames."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def check_events(columns: Sequence[np.ndarray], sensor: Any, where: str) -> None
 class EventStream:
     """One recording: columns of equal length (n,), sorted by time.
 
-    Raises :class:`DataError` for events that are unsorted, out of the sensor, of another polarity than 0 and 1, or none.
+    Raises :class:`DataError` for events that are unsorted, out of the sensor, of a polarity that is not 0 or 1, or none.
     """
 
     x: np.ndarray
@@ -207,6 +207,19 @@ class EventRecordings:
             people=known,
             where=where,
         )
+
+    def subset(self, rows: np.ndarray) -> EventRecordings:
+        """Some of the streams, in the order given."""
+        inside = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
+        columns = {name: np.asarray(getattr(self, name))[inside] for name in FIELDS}
+        counts = np.diff(self.offsets)[rows]
+        people = None if self.people is None else np.asarray(self.people)[rows]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return replace(self, **columns, offsets=offsets, labels=self.labels[rows], people=people)
+
+    def replaced(self, columns: Mapping[str, np.ndarray], counts: np.ndarray) -> EventRecordings:
+        """As many streams with other events: columns x, y, t and p, and how many of them each stream has."""
+        return replace(self, **columns, offsets=np.concatenate([[0], np.cumsum(counts)]))
 
     @cached_property
     def _fingerprint(self) -> str:

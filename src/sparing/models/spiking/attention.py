@@ -209,10 +209,11 @@ def keep_top(
     axes = [axis for axis in range(1, gate.ndim) if gate.shape[axis] > 1]
     if len(axes) > 1 or gate.ndim != x.ndim:
         raise InvalidValue(
-            f"keep_top: a gate of shape {tuple(gate.shape)} for {tuple(x.shape)}; one over steps or channels is expected"
+            f"keep_top: a gate of shape {tuple(gate.shape)} for {tuple(x.shape)}; one over steps or "
+            "channels is expected"
         )
     flat = gate.flatten(1)
     count = -int(-ratio * flat.shape[1] // 1)
-    order = torch.sort(flat, 1, descending=True, stable=True).indices[:, :count]
+    order = torch.sort(flat, dim=1, descending=True, stable=True).indices[:, :count]
     kept = torch.zeros_like(flat).scatter_(1, order, 1.0).view_as(gate)
     return x * (kept * gate if coefficient else kept)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
+from sparing.core.predictor.base import Operations
 from sparing.models.convnet import each, whole
 from sparing.models.spiking.attention import letters
 from sparing.models.spiking.layers import ConvAttLIF, LinearAttLIF, Placement
 from sparing.models.spiking.neurons import LIF, Mode, Reset
+from sparing.models.spiking.report import operations_of
 
 
 class GestureSNN(nn.Module):
@@ -124,6 +126,10 @@ class GestureSNN(nn.Module):
         for layer in self.layers:
             x = layer(flattened(layer, x, 2))
         return x.mean(1)
+
+    def operations_of(self, batches: Any) -> Operations:
+        """Operations of one sample at the firing rates of ``batches``."""
+        return operations_of(self, batches)
 
 
 def flattened(layer: nn.Module, x: Tensor, start: int) -> Tensor:

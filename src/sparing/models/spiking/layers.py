@@ -67,7 +67,11 @@ class _Layer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t *rest"]) -> Float[Tensor, "b t *out"]:
         """Inputs of all steps → outputs of all steps."""
-        current = self.gated(self.current(x))
+        return self.neurons(self.current(x))
+
+    def neurons(self, current: Tensor) -> Tensor:
+        """Currents of all steps → outputs of all steps."""
+        current = self.gated(current)
         if self.placement == "input" or self.attention is None or not set("CS") & set(self.attention.gates):
             return self.lif(current)
         h, outputs = None, []

@@ -110,10 +110,7 @@ class _Recurrence(torch.autograd.Function):
             # ∂s/∂u times what a spike changes in the state: Vth − u (clamp) or −u (hard)
             through.addcmul_(away if cell.reset == "clamp" else u, window, value=-1)
         through.mul_(cell.alpha)
-        if cell.mode == "spike":
-            along = window.mul_(grad)
-        else:
-            along = grad * ((away if cell.threshold_relu else u) > 0)
+        along = window.mul_(grad) if cell.mode == "spike" else grad * ((away if cell.threshold_relu else u) > 0)
         for t in range(u.shape[1] - 2, -1, -1):
             along.select(1, t).addcmul_(through.select(1, t), along.select(1, t + 1))
         return along, None

@@ -16,17 +16,25 @@ from torch import Tensor, nn
 
 from sparing.core.energy import ADD_PJ, MAC_PJ
 from sparing.core.errors import DataError, InvalidValue
+from sparing.core.predictor.base import Operations
 from sparing.models.spiking.attention import ChannelAttention, SpatialAttention, TemporalAttention
 from sparing.models.spiking.layers import ConvAttLIF, LinearAttLIF
 from sparing.models.spiking.neurons import LIF, Cell
 
 QUIET, BUSY = 0.001, 0.5
-"""A layer that fires more rarely, or more often, is remarked on: with no spike, or with no pause, no gradient is left."""
+"""A layer that fires more rarely, or more often, is remarked on."""
 CAVEATS = (
-    "Additions stand for multiply-accumulates only on hardware that skips what is not a spike: a CPU or GPU saves nothing "
-    "by it. Memory traffic, norms and the neurons' own updates are not counted. Behind average pooling or gates that "
-    "follow the neurons, inputs are not binary, and counting additions alone would be optimistic: synapses whose inputs "
-    "are not binary are counted as multiply-accumulates here."
+    "Additions stand for multiply-accumulates only on hardware that skips what is not a spike: a CPU or GPU saves "
+    "nothing by it. Memory traffic, norms and the neurons' own updates are not counted. Behind average pooling or gates "
+    "that follow the neurons, inputs are not binary, and counting additions alone would be optimistic: synapses whose "
+    "inputs are not binary are counted as multiply-accumulates here."
+)
+
+
+RULE = (
+    "products of the first synapses with inputs that are not zero, of synapses whose inputs are not binary, of making and "
+    "applying gates, for one sample at the firing rates measured on this split; what spikes ask of synapses is an "
+    "addition each; normalisation and the neurons' updates not counted"
 )
 
 
@@ -166,8 +174,8 @@ class SpikeReport:
         lines = [
             f"{self.spikes:,.0f} spikes of {self.neurons:,} neurons in {self.steps} steps: NASAR {self.nasar:.4f}",
             *(f"  {layer.name:<24}{layer.neurons:>10,} neurons, rate {layer.rate:.4f}" for layer in self.layers),
-            f"{self.macs:,.0f} MACs and {self.accumulates:,.0f} additions in synapses; gates: {self.gate_macs:,.0f} MACs "
-            f"as the paper counts, strictly {self.gate_macs_strict:,.0f} and {self.gate_additions:,.0f} additions",
+            f"{self.macs:,.0f} MACs and {self.accumulates:,.0f} additions in synapses; gates: {self.gate_macs:,.0f} "
+            f"MACs as the paper counts, strictly {self.gate_macs_strict:,.0f} and {self.gate_additions:,.0f} additions",
             f"est. {self.energy_pj() / 1e6:,.3f} µJ, strictly {self.energy_pj(True) / 1e6:,.3f} µJ",
             *self.remarks,
             CAVEATS,
@@ -198,6 +206,19 @@ def spike_report(model: nn.Module, data: Any) -> SpikeReport:
         for module, mode in modes.items():
             module.training = mode
     return counter.report()
+
+
+def operations_of(model: nn.Module, data: Any) -> Operations:
+    """What the ledger counts of a spiking network: operations of one sample at the rates of ``data``, gates strictly.
+
+    Args:
+        model: see :func:`spike_report`.
+        data: see :func:`spike_report`.
+    """
+    found = spike_report(model, data)
+    return Operations(
+        round(found.macs + found.gate_macs_strict), round(found.accumulates + found.gate_additions), RULE
+    )
 
 
 def _batches(data: Any) -> Iterator[Tensor]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sparing.core.errors import InvalidValue
+from sparing.core.predictor.base import Operations
 from sparing.models.convnet import each, whole
 from sparing.models.spiking.attention import MultiDimAttention, letters
 from sparing.models.spiking.neurons import LIF
+from sparing.models.spiking.report import operations_of
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
 """Depth → blocks of each stage."""
@@ -180,3 +183,7 @@ class MSResSNN(nn.Module):
     def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """Images → logits (N, num_classes)."""
         return self.fc(self.dropout(self.features(images)))
+
+    def operations_of(self, batches: Any) -> Operations:
+        """Operations of one sample at the firing rates of ``batches``."""
+        return operations_of(self, batches)
