@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.graphs import PackedGraphs
 from sparing.data.images import LabelledImages
 from sparing.data.preprocessing import ChannelsFirst, Decode, ToFloat
+from sparing.models.spiking.streaming import StreamSpikes
 from sparing.tasks.images.digits import Digits
 from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, graph_of, tiny_task
 
@@ -124,6 +126,71 @@ def few_texts() -> sparing.Task:
     texts = [" ".join(row) for row in word_rows()]
     return FewTexts("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
 
+
+def dvs_files(place: Path) -> Path:
+    """A data folder with DVS128 Gesture's layout: four people, each gesture twice, events evenly distributed."""
+    folder = place / "dvs128_gesture"
+    if folder.exists():
+        return place
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    lists = {"trials_to_train.txt": range(1, 5), "trials_to_test.txt": range(5, 6)}
+    for name, people in lists.items():
+        (folder / name).write_text("".join(f"user{person:02d}_lab.aedat\n" for person in people))
+        for person in people:
+            t = np.sort(draw.integers(0, 22 * 6000, 6000))
+            x, y, p = (draw.integers(0, n, 6000) for n in (128, 128, 2))
+            write_aedat31(folder / f"user{person:02d}_lab.aedat", x, y, t, p)
+            rows = [f"{i % 11 + 1},{i * 6000},{i * 6000 + 6000}" for i in range(22)]
+            table = "\n".join(["class,startTime_usec,endTime_usec", *rows]) + "\n"
+            (folder / f"user{person:02d}_lab_labels.csv").write_text(table)
+    return place
+
+
+def write_aedat31(path: Path, x, y, t, p, valid=1, packet: int = 1000) -> None:
+    """An AEDAT 3.1 file of polarity events, ``packet`` of them in each packet."""
+    word = np.asarray(valid, np.int64) | p << 1 | y << 2 | x << 17
+    content = [b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n"]
+    for start in range(0, len(t), packet):
+        inside = slice(start, start + packet)
+        body = np.stack([word[inside].astype(np.uint32), (t[inside] & 0x7FFFFFFF).astype(np.uint32)], 1)
+        overflow, count = int(t[start]) >> 31, len(body)
+        content.append(struct.pack("<hhiiiiii", 1, 0, 8, 4, overflow, count, count, count))
+        content.append(body.astype("<u4").tobytes())
+    path.write_bytes(b"".join(content))
+
+
+def event_folder(place: Path) -> Path:
+    """A folder of class sub-folders with recordings of 8×8 pixels: bars that move to the right, or upwards."""
+    if any(place.iterdir()):
+        return place
+    draw = np.random.default_rng(0)
+    for label in ("right", "up"):
+        (place / label).mkdir(parents=True)
+        for number in range(24):
+            t = np.sort(draw.integers(0, 4000, 120))
+            along, across = (t // 500 + draw.integers(0, 2, 120)) % 8, draw.integers(0, 8, 120)
+            x, y = (along, across) if label == "right" else (across, along)
+            np.savez(place / label / f"{number}.npz", x=x, y=y, t=t, p=draw.integers(0, 2, 120))
+    return place
+
+
+def few_events() -> sparing.Task:
+    """The recordings of :func:`event_folder`, read, with a small model."""
+    from sparing.tasks.events.own import EventFolder
+
+    class FewEvents(EventFolder):
+        model = SMALL_SNN
+
+    with tempfile.TemporaryDirectory() as folder:
+        task = FewEvents(str(event_folder(Path(folder))), 8, 1000, 4, 1)
+        task.splits(None)
+        _ = task.labels
+    return task
+
+
+SMALL_SNN = {"widths": [3, 4], "pools": [1, 2], "hidden": [5], "r_t": 2, "r_c": 2}
+"""Fields of a gesture_snn for :func:`few_events`."""
 
 STEPS = {
     "train": StepCase(
@@ -240,6 +307,14 @@ STEPS = {
         task=photographs,
         nothing=StepCase(sparing.Augment(crop="off", jitter=0), task=photographs, nothing="is the case"),
     ),
+    "stream": StepCase(
+        StreamSpikes(),
+        before=(TRAIN,),
+        task=few_events,
+        nothing=StepCase(
+            StreamSpikes(id="again"), before=(TRAIN, StreamSpikes()), task=few_events, nothing="is the case"
+        ),
+    ),
     "ema": StepCase(
         sparing.Ema(decay=0.9, use="best"),
         after=(LAST,),
@@ -344,6 +419,13 @@ TASKS = {
         lambda: registered_task("click_table", path=str(click_table(scratch)), exclude=["row"]),
         repeats="rows are known by six shops and 64 bins of prices",
     ),
+    "gesture_events": lambda data, scratch: TaskCase(lambda: registered_task("gesture_events"), data),
+    "dvs128_gesture": lambda data, scratch: TaskCase(
+        lambda: registered_task("dvs128_gesture", dt_us=1000, T=4, downsample=16), dvs_files(scratch)
+    ),
+    "event_folder": lambda data, scratch: TaskCase(
+        lambda: registered_task("event_folder", path=str(event_folder(scratch)), side=8, dt_us=1000, T=4, downsample=1)
+    ),
     "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
@@ -354,6 +436,7 @@ NEEDS_DATA = frozenset(
     {
         "fashion_mnist",
         "cifar10",
+        "gesture_events",
         "sign_digits",
         "cora",
         "citeseer",
@@ -386,6 +469,12 @@ MODELS = {
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
+    "gesture_snn": ModelCase("gesture_snn", few_events, SMALL_SNN),
+    "ms_res_snn": ModelCase(
+        "ms_res_snn",
+        partial(small_photos, 32),
+        {"num_classes": 3, "T": 2, "r_c": 2, "widths": [4, 4, 4, 4], "blocks": [1, 1, 1, 1]},
+    ),
     "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
     "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),

@@ -119,9 +119,7 @@ class Meter:
         costs = self.costs(task, predictor, operations)
         return Measurement(quality.figures | costs, quality.outcomes, quality.by_class)
 
-    def costs(
-        self, task: Examples, predictor: Predictor, operations: Operations | None = None
-    ) -> dict[str, Figure]:
+    def costs(self, task: Examples, predictor: Predictor, operations: Operations | None = None) -> dict[str, Figure]:
         """Sizes, counts, times, memory and energy; the inputs are the task's examples.
 
         ``operations``: those of a sample where they depend on the data, instead of the predictor's own count.

@@ -216,9 +216,7 @@ def operations_of(model: nn.Module, data: Any) -> Operations:
         data: see :func:`spike_report`.
     """
     found = spike_report(model, data)
-    return Operations(
-        round(found.macs + found.gate_macs_strict), round(found.accumulates + found.gate_additions), RULE
-    )
+    return Operations(round(found.macs + found.gate_macs_strict), round(found.accumulates + found.gate_additions), RULE)
 
 
 def _batches(data: Any) -> Iterator[Tensor]:

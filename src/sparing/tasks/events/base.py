@@ -74,7 +74,7 @@ class EventClassification(Task):
 
     @abstractmethod
     def read(self, root: Path | None) -> dict[str, EventRecordings | tuple[EventRecordings, np.ndarray]]:
-        """"train", "val" and "test" under ``root``: recordings, or recordings and which of them."""
+        """ "train", "val" and "test" under ``root``: recordings, or recordings and which of them."""
 
     def splits(self, root: Path | None = None) -> Splits:
         """Calibration is cut from the training recordings; read once for each ``root``."""
