@@ -64,7 +64,7 @@ def check_events(columns: Sequence[np.ndarray], sensor: Any, where: str) -> None
 class EventStream:
     """One recording: columns of equal length (n,), sorted by time.
 
-    Raises :class:`DataError` for events that are unsorted, out of the sensor, of a polarity that is not 0 or 1, or none.
+    Raises :class:`DataError` for events that are unsorted, out of the sensor, or of no polarity 0 or 1, and for none.
     """
 
     x: np.ndarray

@@ -23,6 +23,11 @@ KERNELS = {"input": 3, "membrane": 7}
 """Side of the convolution of the gate over places."""
 
 
+def parted(merged: Tensor, x: Tensor) -> Tensor:
+    """What was computed on all steps of x (B, T, …) merged, (B·T, …), as (B, T, …), in a form that exporters know."""
+    return merged.reshape(x.shape[0], x.shape[1], *merged.shape[1:])
+
+
 def gate(x: Tensor, attention: MultiDimAttention, which: str) -> Tensor:
     """The sequence x (B, T, …) times those of its gates that ``which`` names."""
     for letter, each in attention.gates.items():
@@ -133,7 +138,7 @@ class ConvAttLIF(_Layer):
 
     def current(self, x: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t d i j"]:
         """Inputs of all steps → currents of all steps."""
-        return self.pool(self.BNLayer(self.conv2d(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
+        return parted(self.pool(self.BNLayer(self.conv2d(x.flatten(0, 1)))), x)
 
 
 class LinearAttLIF(_Layer):
@@ -177,4 +182,4 @@ class LinearAttLIF(_Layer):
 
     def current(self, x: Float[Tensor, "b t n"]) -> Float[Tensor, "b t m"]:
         """Inputs of all steps → currents of all steps."""
-        return self.BNLayer(self.linear(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return parted(self.BNLayer(self.linear(x.flatten(0, 1))), x)

@@ -13,6 +13,7 @@ from sparing.core.errors import InvalidValue
 from sparing.core.predictor.base import Operations
 from sparing.models.convnet import each, whole
 from sparing.models.spiking.attention import MultiDimAttention, letters
+from sparing.models.spiking.layers import parted
 from sparing.models.spiking.neurons import LIF
 from sparing.models.spiking.report import operations_of
 
@@ -35,7 +36,7 @@ class SequenceConv2d(nn.Conv2d):
     def forward(self, input: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t d i j"]:
         """All steps at once."""
         merged = conv2d(input.flatten(0, 1), self.weight, None, self.stride, self.padding)
-        return merged.unflatten(0, input.shape[:2])
+        return parted(merged, input)
 
 
 class SequenceNorm(nn.Module):
@@ -48,7 +49,7 @@ class SequenceNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t c h w"]:
         """All steps at once."""
-        return self.bn(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return parted(self.bn(x.flatten(0, 1)), x)
 
 
 class Gates(nn.Module):

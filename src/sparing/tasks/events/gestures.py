@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -103,8 +103,7 @@ class DVSGesture(EventClassification):
     """DVS128 Gesture: recordings of 11 hand and arm gestures by 29 people, 128×128 pixels (Amir et al. 2017).
 
     The folder ``dvs128_gesture`` under the data root holds what IBM publishes: ``trials_to_train.txt``,
-    ``trials_to_test.txt``, the .aedat files they name and their tables of labels. A training recording is seen from a
-    random time on; the first people of the list train, the last test.
+    ``trials_to_test.txt``, the .aedat files they name and their tables of labels. The people of the lists are disjoint.
 
     Args:
         dt_us: microseconds of one frame.
@@ -113,6 +112,7 @@ class DVSGesture(EventClassification):
         mode: "count" of events, "binary", or "max_scaled".
         clips: a test recording is classified from its first event on (1), or as many evenly spaced times and counts as
             right where more than half the answers are.
+        train_start: a training recording is seen from its "first" event on, or, anew each time, from a "random" time.
         val_share: share of the training people whose recordings validate.
         calibration_share: share of each training class that calibrates.
     """
@@ -120,7 +120,6 @@ class DVSGesture(EventClassification):
     name = "dvs128_gesture"
     labels = CLASSES
     sensor_size = (SIDE, SIDE)
-    train_start: str | int = "random"
 
     def __init__(
         self,
@@ -129,6 +128,7 @@ class DVSGesture(EventClassification):
         downsample: int = 4,
         mode: FrameMode = "count",
         clips: int = 1,
+        train_start: Literal["first", "random"] = "first",
         val_share: float = 0.15,
         calibration_share: float = 0.05,
     ) -> None:
@@ -136,7 +136,9 @@ class DVSGesture(EventClassification):
         self.check_share("val_share", val_share)
         if isinstance(clips, bool) or not isinstance(clips, int) or clips < 1:
             raise InvalidValue(f"dvs128_gesture: clips = {clips!r}; a whole number of at least 1 is expected")
-        self.val_share, self.clips = val_share, clips
+        if train_start not in ("first", "random"):
+            raise InvalidValue(f'dvs128_gesture: train_start = {train_start!r}; "first" or "random" is expected')
+        self.val_share, self.clips, self.train_start = val_share, clips, train_start
 
     def read(self, root: Path | None) -> dict[str, EventRecordings | tuple[EventRecordings, np.ndarray]]:
         """Validation is cut from the training people."""
