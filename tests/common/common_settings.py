@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from event_files import write_aedat31
 from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
@@ -145,19 +145,6 @@ def dvs_files(place: Path) -> Path:
             table = "\n".join(["class,startTime_usec,endTime_usec", *rows]) + "\n"
             (folder / f"user{person:02d}_lab_labels.csv").write_text(table)
     return place
-
-
-def write_aedat31(path: Path, x, y, t, p, valid=1, packet: int = 1000) -> None:
-    """An AEDAT 3.1 file of polarity events, ``packet`` of them in each packet."""
-    word = np.asarray(valid, np.int64) | p << 1 | y << 2 | x << 17
-    content = [b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n"]
-    for start in range(0, len(t), packet):
-        inside = slice(start, start + packet)
-        body = np.stack([word[inside].astype(np.uint32), (t[inside] & 0x7FFFFFFF).astype(np.uint32)], 1)
-        overflow, count = int(t[start]) >> 31, len(body)
-        content.append(struct.pack("<hhiiiiii", 1, 0, 8, 4, overflow, count, count, count))
-        content.append(body.astype("<u4").tobytes())
-    path.write_bytes(b"".join(content))
 
 
 def event_folder(place: Path) -> Path:

@@ -274,9 +274,7 @@ def from_tonic(name: str, folder: Path | str, **fields: Any) -> EventRecordings:
     try:
         import tonic
     except ImportError as error:
-        wanted = MissingDependency("tonic", "events", "from_tonic")
-        wanted.args = ("from_tonic needs the package 'tonic': pip install tonic",)
-        raise wanted from error
+        raise MissingDependency("tonic", "", "from_tonic") from error
     make = getattr(tonic.datasets, name, None)
     if make is None:
         raise InvalidValue(f"from_tonic: tonic.datasets has no {name!r}")
