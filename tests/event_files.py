@@ -34,3 +34,23 @@ def dvs_folder(folder: Path) -> None:
             write_aedat31(folder / f"user{person:02d}_lab.aedat", x, y, t, p)
             table = "class,startTime_usec,endTime_usec\n1,0,1000\n11,1000,2000\n"
             (folder / f"user{person:02d}_lab_labels.csv").write_text(table)
+
+
+def dvs_files(place: Path) -> Path:
+    """A data folder with DVS128 Gesture's layout: four people, each gesture twice, events evenly distributed."""
+    folder = place / "dvs128_gesture"
+    if folder.exists():
+        return place
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    lists = {"trials_to_train.txt": range(1, 5), "trials_to_test.txt": range(5, 6)}
+    for name, people in lists.items():
+        (folder / name).write_text("".join(f"user{person:02d}_lab.aedat\n" for person in people))
+        for person in people:
+            t = np.sort(draw.integers(0, 22 * 6000, 6000))
+            x, y, p = (draw.integers(0, n, 6000) for n in (128, 128, 2))
+            write_aedat31(folder / f"user{person:02d}_lab.aedat", x, y, t, p)
+            rows = [f"{i % 11 + 1},{i * 6000},{i * 6000 + 6000}" for i in range(22)]
+            table = "\n".join(["class,startTime_usec,endTime_usec", *rows]) + "\n"
+            (folder / f"user{person:02d}_lab_labels.csv").write_text(table)
+    return place

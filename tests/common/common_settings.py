@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
-from event_files import write_aedat31
+from event_files import dvs_files
 from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
@@ -125,26 +125,6 @@ def few_texts() -> sparing.Task:
     """Texts of two kinds, of different lengths, and a vocabulary of their own."""
     texts = [" ".join(row) for row in word_rows()]
     return FewTexts("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
-
-
-def dvs_files(place: Path) -> Path:
-    """A data folder with DVS128 Gesture's layout: four people, each gesture twice, events evenly distributed."""
-    folder = place / "dvs128_gesture"
-    if folder.exists():
-        return place
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    lists = {"trials_to_train.txt": range(1, 5), "trials_to_test.txt": range(5, 6)}
-    for name, people in lists.items():
-        (folder / name).write_text("".join(f"user{person:02d}_lab.aedat\n" for person in people))
-        for person in people:
-            t = np.sort(draw.integers(0, 22 * 6000, 6000))
-            x, y, p = (draw.integers(0, n, 6000) for n in (128, 128, 2))
-            write_aedat31(folder / f"user{person:02d}_lab.aedat", x, y, t, p)
-            rows = [f"{i % 11 + 1},{i * 6000},{i * 6000 + 6000}" for i in range(22)]
-            table = "\n".join(["class,startTime_usec,endTime_usec", *rows]) + "\n"
-            (folder / f"user{person:02d}_lab_labels.csv").write_text(table)
-    return place
 
 
 def event_folder(place: Path) -> Path:

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 import sparing
+from event_files import dvs_files
 from small_recipes import SMALL, overrides
 from sparing.cli import main
 from sparing.core.recipe import load_recipe, packaged
+from sparing.data.events.framing import EventsToFrames
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = {"digits", "image_folder"}
@@ -56,7 +58,9 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
 ):
     recipe = load_recipe(name)
     more = ["--set", f"task.path={photos}"] if recipe.task.name == "image_folder" else []
-    if recipe.task.name not in EMBEDDED:
+    if recipe.task.name == "dvs128_gesture":
+        more += ["--data", str(dvs_files(tmp_path))]
+    elif recipe.task.name not in EMBEDDED:
         more += ["--data", str(request.getfixturevalue("data_root"))]
     out = tmp_path / "out"
     assert main(["run", name, *overrides(name), *more, "--out", str(out), "--quiet"]) == 0
@@ -74,7 +78,9 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
     assert model.labels == tuple(measured[-1].by_class)
     if model.preprocessing is not None:
         images = type(model.preprocessing.operations[0]).__name__ == "Decode"
-        raw = np.zeros((8, 8), np.uint8) if images else ("Who wrote it?", "Nobody knows who wrote it.")
+        raw: object = np.zeros((8, 8), np.uint8) if images else ("Who wrote it?", "Nobody knows who wrote it.")
+        if isinstance(model.preprocessing.operations[0], EventsToFrames):
+            raw = {"x": np.array([1, 2]), "y": np.array([3, 4]), "t": np.array([0, 9000]), "p": np.array([0, 1])}
         answer = model.predict([raw])
         assert len(answer) == 1
         assert np.isfinite(answer).all()
