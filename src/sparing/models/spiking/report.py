@@ -26,8 +26,8 @@ QUIET, BUSY = 0.001, 0.5
 CAVEATS = (
     "Additions stand for multiply-accumulates only on hardware that skips what is not a spike: a CPU or GPU saves "
     "nothing by it. Memory traffic, norms and the neurons' own updates are not counted. Behind average pooling or "
-    "gates that follow the neurons, inputs are not binary, and counting additions alone would be optimistic: synapses whose "
-    "inputs are not binary are counted as multiply-accumulates here."
+    "gates that follow the neurons, inputs are not binary, and counting additions alone would be optimistic: synapses "
+    "whose inputs are not binary are counted as multiply-accumulates here."
 )
 
 
