@@ -2,7 +2,7 @@
 
 python benchmarks/ma_snn.py [gates] [streaming] [speed] [membrane]
 
-``speed`` needs the package snntorch (``pip install snntorch``), which Sparing does not depend on; it is skipped without.
+``speed`` needs the package snntorch (``pip install snntorch``), which Sparing does not depend on; without, it is skipped.
 Clock readings are of a quiet machine only: the figure is a ratio of calls that took turns.
 """
 
@@ -105,8 +105,8 @@ def measure_gates(seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS) -> list[Cl
     gain = difference_over_seeds([gated["accuracy"] - plain["accuracy"] for plain, gated in pairs])
     details = {
         "means": averages,
-        "protocol": f"simulated events, 585 recordings train and 240 test, people disjoint; {epochs} epochs of Adam, one "
-        "cycle to 4e-3, batch 33, last epoch; epochs and rate are the sheet's, which were set on these test data",
+        "protocol": f"simulated events, 585 recordings train and 240 test, people disjoint; {epochs} epochs of Adam, "
+        "one cycle to 4e-3, batch 33, last epoch; epochs and rate are the sheet's, which were set on these test data",
     }
     return [
         Claim(
@@ -138,8 +138,8 @@ def measure_gates(seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS) -> list[Cl
         ),
         Claim(
             id="ma_snn_energy",
-            statement="gates save energy by the strict count as well: their own multiply-accumulates cost less than the "
-            "additions they spare",
+            statement="gates save energy by the strict count as well: their own multiply-accumulates cost less than "
+            "the additions they spare",
             source=SHEET,
             figure=averages["TCSA"]["r_EE, gates strictly"],
             unit="r_EE, est.",
@@ -167,8 +167,8 @@ def measure_membrane(seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS) -> list
     return [
         Claim(
             id="ma_snn_membrane",
-            statement="gates on the membrane with a hard reset, as the paper writes them, are more accurate than gates on "
-            "the input, as its code has them",
+            statement="gates on the membrane with a hard reset, as the paper writes them, are more accurate than gates "
+            "on the input, as its code has them",
             source=SHEET,
             figure=gain.value,
             unit="points of test accuracy",
