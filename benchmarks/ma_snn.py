@@ -2,7 +2,7 @@
 
 python benchmarks/ma_snn.py [gates] [streaming] [speed] [membrane]
 
-``speed`` needs the package snntorch (``pip install snntorch``), which Sparing does not depend on; without, it is skipped.
+``speed`` needs the package snntorch (``pip install snntorch``), on which Sparing does not depend; without, no claim.
 Clock readings are of a quiet machine only: the figure is a ratio of calls that took turns.
 """
 
@@ -209,8 +209,8 @@ def measure_streaming(seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS) -> lis
     return [
         Claim(
             id="ma_snn_streaming_equal",
-            statement="a spiking predictor that is given a recording frame by frame answers what it answers in one pass over "
-            "60 recordings, bit for bit",
+            statement="a spiking predictor that is given a recording frame by frame answers what it answers in one pass "
+            "over 60 recordings, bit for bit",
             source=ISSUE,
             figure=sum(differing.values()),
             unit=f"of {compared} recordings answered otherwise",
@@ -250,6 +250,7 @@ class Theirs(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Frames of all steps → mean spikes."""
         if self.merged:
             for synapse, neuron in zip(self.synapses, self.neurons, strict=True):
                 shape, x = x.shape[:2], x.flatten(0, 1)
@@ -312,8 +313,8 @@ def measure_speed(runs: int = 24, seeds: Sequence[int] = SEEDS) -> list[Claim]:
     return [
         Claim(
             id="ma_snn_speed_vs_snntorch",
-            statement="a training step takes less time than that of the same network with snntorch's neurons, the faster of "
-            "two ways to write it",
+            statement="a training step takes less time than that of the same network with snntorch's neurons, the faster "
+            "of two ways to write it",
             source=ISSUE,
             figure=statistics.fmean(ratios),
             unit="× as fast, one thread",

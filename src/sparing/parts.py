@@ -248,7 +248,8 @@ PARTS: dict[str, dict[str, Part]] = {
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
         "gesture_snn": Part(
             "sparing.models.spiking.gesture:GestureSNN",
-            "Spiking network for event frames: convolutions, then linear layers, each with gates and neurons of its own.",
+            "Spiking network for event frames: convolutions, then linear layers, each with gates and neurons of its "
+            "own.",
         ),
         "graph_gcn": Part(
             "sparing.models.gnn:GraphClassifier",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 
 import sparing
 from event_files import dvs_files
@@ -193,11 +195,7 @@ def test_the_ledger_counts_at_the_rates_of_the_test_split(bars):
 
 
 def test_a_recipe_from_events_to_a_streaming_predictor(bars, tmp_path):
-    steps = [
-        sparing.Leap(rho=0.1),
-        sparing.Train(epochs=2, batch_size=8, lr=0.01),
-        sparing.resolve("steps", "stream")(),
-    ]
+    steps = [sparing.Leap(rho=0.1), sparing.Train(epochs=2, batch_size=8, lr=0.01), sparing.StreamSpikes()]
     run = sparing.run(task=bars, model={"name": "gesture_snn", **SMALL}, steps=steps, meter=QUICK, out=tmp_path / "out")
     row = run.ledger.rows[-1]
     assert row.kind == "spiking"
@@ -210,3 +208,51 @@ def test_a_recipe_from_events_to_a_streaming_predictor(bars, tmp_path):
     for step in range(4):
         answer = stream.push(frames[:, step])
     np.testing.assert_array_equal(answer, predictor.predict([events]))
+
+
+# --- in scikit-learn's manner
+
+
+def test_a_classifier_learns_bars_that_move(bars):
+    recordings = bars.splits(None).train.recordings
+    labels = np.array(["right", "up"])[1 - recordings.labels]  # the folders are sorted: right, up
+    streams = list(recordings)
+    fields = {"widths": [6, 8], "pools": [1, 2], "hidden": [16], "r_t": 2, "r_c": 2}
+    classifier = sparing.SNNClassifier(dt_us=1000, T=4, epochs=12, lr=0.02, batch_size=8, fields=fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        classifier.fit(streams, labels)
+    assert classifier.score(streams, labels) >= 0.9
+    assert classifier.report_.steps == 4
+    frames = np.stack([events_to_frames(stream, 1000, 4) for stream in streams[:3]])
+    assert classifier.predict(frames).tolist() == classifier.predict(streams[:3]).tolist()
+    stream = classifier.predictor_.stream()
+    answers = [stream.push(frames[:, t]) for t in range(4)]
+    np.testing.assert_array_equal(answers[-1], classifier.decision_function(frames))
+
+
+def test_what_a_classifier_refuses():
+    frames = np.zeros((4, 3, 2, 8, 8), np.float32)
+    with pytest.raises(NotFittedError):
+        sparing.SNNClassifier().predict(frames)
+    with pytest.raises(DataError, match="one each"):
+        sparing.SNNClassifier().fit(frames, [0, 1])
+    with pytest.raises(DataError, match="at least two classes"):
+        sparing.SNNClassifier().fit(frames, [1, 1, 1, 1])
+    broken = frames.copy()
+    broken[2, 0, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="recording 2 holds frames that are NaN"):
+        sparing.SNNClassifier().fit(broken, [0, 1, 0, 1])
+    with pytest.raises(DataError, match="X is a dict"):
+        sparing.SNNClassifier().fit({}, [0])
+    with pytest.raises(DataError, match="squares"):
+        sparing.SNNClassifier().fit(frames[..., :4], [0, 1, 0, 1])
+
+
+def test_a_classifier_warns_of_layers_that_never_fire():
+    frames = np.zeros((4, 3, 2, 8, 8), np.float32)
+    classifier = sparing.SNNClassifier(
+        epochs=1, lr=1e-9, fields={"widths": [2, 2], "pools": [2, 2], "r_t": 2, "r_c": 2}
+    )
+    with pytest.warns(UserWarning, match="fires in"):
+        classifier.fit(frames, [0, 1, 0, 1])

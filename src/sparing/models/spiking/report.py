@@ -32,8 +32,8 @@ CAVEATS = (
 
 
 RULE = (
-    "products of the first synapses with inputs that are not zero, of synapses whose inputs are not binary, of making and "
-    "applying gates, for one sample at the firing rates measured on this split; what spikes ask of synapses is an "
+    "products of the first synapses with inputs that are not zero, of synapses whose inputs are not binary, of making "
+    "and applying gates, for one sample at the firing rates measured on this split; what spikes ask of synapses is an "
     "addition each; normalisation and the neurons' updates not counted"
 )
 

@@ -99,8 +99,8 @@ class SpikingStream:
 class StreamingPredictor(Predictor):
     """A spiking network in torch that answers whole recordings, or step by step with the same outputs.
 
-    Called with frames (N, T, C, H, W) it answers in one pass; :meth:`stream` begins a recording of which the frames come
-    one after the other.
+    Called with frames (N, T, C, H, W) it answers in one pass; :meth:`stream` begins a recording whose frames come one
+    after the other.
 
     Args:
         network: the predictor of a :class:`~sparing.models.spiking.gesture.GestureSNN`.
