@@ -209,8 +209,8 @@ def measure_streaming(seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS) -> lis
     return [
         Claim(
             id="ma_snn_streaming_equal",
-            statement="a spiking predictor that is given a recording frame by frame answers what it answers in one pass "
-            "over 60 recordings, bit for bit",
+            statement="a spiking predictor that is given a recording frame by frame answers what it answers in one "
+            "pass over 60 recordings, bit for bit",
             source=ISSUE,
             figure=sum(differing.values()),
             unit=f"of {compared} recordings answered otherwise",
@@ -313,8 +313,8 @@ def measure_speed(runs: int = 24, seeds: Sequence[int] = SEEDS) -> list[Claim]:
     return [
         Claim(
             id="ma_snn_speed_vs_snntorch",
-            statement="a training step takes less time than that of the same network with snntorch's neurons, the faster "
-            "of two ways to write it",
+            statement="a training step takes less time than that of the same network with snntorch's neurons, the "
+            "faster of two ways to write it",
             source=ISSUE,
             figure=statistics.fmean(ratios),
             unit="× as fast, one thread",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,9 @@ def test_the_ledger_counts_at_the_rates_of_the_test_split(bars):
 
 def test_a_recipe_from_events_to_a_streaming_predictor(bars, tmp_path):
     steps = [sparing.Leap(rho=0.1), sparing.Train(epochs=2, batch_size=8, lr=0.01), sparing.StreamSpikes()]
-    run = sparing.run(task=bars, model={"name": "gesture_snn", **SMALL}, steps=steps, meter=QUICK, out=tmp_path / "out")
+    run = sparing.run(
+        task=bars, model={"name": "gesture_snn", **SMALL}, steps=steps, meter=asdict(QUICK), out=tmp_path / "out"
+    )
     row = run.ledger.rows[-1]
     assert row.kind == "spiking"
     assert {"spikes per recording", "NASAR", "firing rate of FC1", ADDITIONS} <= set(row.figures)

@@ -127,8 +127,8 @@ class Meter:
         figures: dict[str, Figure] = {}
         description = predictor.describe()
         if operations is not None:
-            counts = {"macs": operations.macs, "accumulates": operations.accumulates, "macs_rule": operations.rule}
-            description = replace(description, **counts)
+            macs, accumulates, rule = operations.macs, operations.accumulates, operations.rule
+            description = replace(description, macs=macs, accumulates=accumulates, macs_rule=rule)
         with self._threads_of(predictor), tempfile.TemporaryDirectory(prefix="sparing-meter-") as scratch:
             inputs, several = (map_leaves(to_numpy, task.example_input(count)) for count in (1, self.batch))
             timings = self._timings(task, predictor, inputs, several)

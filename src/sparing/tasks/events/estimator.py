@@ -40,7 +40,7 @@ class SNNClassifier(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: the labels seen in ``fit``, sorted.
-        predictor_: a :class:`~sparing.models.spiking.streaming.StreamingPredictor`: save it, or give it frames one by one.
+        predictor_: a :class:`~sparing.models.spiking.streaming.StreamingPredictor`: save it, or stream to it.
         report_: a :class:`~sparing.models.spiking.report.SpikeReport` on the recordings of ``fit``.
     """
 
@@ -79,7 +79,8 @@ class SNNClassifier(ClassifierMixin, BaseEstimator):
 
         from sparing.core.predictor import ModulePredictor, build_model
         from sparing.core.randomness import isolated_rng
-        from sparing.core.training import Train, fit
+        from sparing.core.registry import resolve
+        from sparing.core.training import fit
         from sparing.models.spiking.report import spike_report
         from sparing.models.spiking.streaming import StreamingPredictor
 
@@ -94,7 +95,7 @@ class SNNClassifier(ClassifierMixin, BaseEstimator):
         fields |= {"attention": self.attention, "placement": self.placement, "in_channels": frames.shape[2]}
         with isolated_rng(self.seed):
             model = build_model("gesture_snn", task, **fields)
-        settings = Train(
+        settings: Any = resolve("steps", "train")(
             epochs=self.epochs, batch_size=self.batch_size, optimizer="Adam", lr=self.lr, scheduler="one_cycle"
         )
         data = TensorDataset(as_tensor(frames), as_tensor(numbers))

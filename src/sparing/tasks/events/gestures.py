@@ -145,8 +145,8 @@ class DVSGesture(EventClassification):
         folder = data_root(root) / self.name
         if not folder.is_dir():
             raise DataError(
-                f"{folder} is missing. DVS128 Gesture is not downloaded: get it from IBM Research under its licence, and "
-                "unpack it there, or read it elsewhere with sparing.data.events.dvs_gesture"
+                f"{folder} is missing. DVS128 Gesture is not downloaded: get it from IBM Research under its licence, "
+                "and unpack it there, or read it elsewhere with sparing.data.events.dvs_gesture"
             )
         train, test = (read_dvs_gesture(folder, split) for split in (True, False))
         assert train.people is not None
