@@ -237,7 +237,8 @@ class EventRecordings:
 
     def replaced(self, columns: Mapping[str, np.ndarray], counts: np.ndarray) -> EventRecordings:
         """As many streams with other events: columns x, y, t and p, and how many of them each stream has."""
-        return replace(self, **columns, offsets=np.concatenate([[0], np.cumsum(counts)]))
+        x, y, t, p = (columns[name] for name in FIELDS)
+        return replace(self, x=x, y=y, t=t, p=p, offsets=np.concatenate([[0], np.cumsum(counts)]))
 
     @cached_property
     def _fingerprint(self) -> str:
