@@ -83,9 +83,11 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, current: Tensor, cell: Cell) -> Tensor:
         u = torch.empty_like(current, memory_format=torch.contiguous_format)
+        s = torch.empty_like(u)
+        compare = torch.gt if cell.strict else torch.ge  # into floats: faster than through booleans
         h = torch.zeros_like(current[:, 0])
         for t in range(current.shape[1]):
-            now = u.select(1, t)
+            now, fired = u.select(1, t), s.select(1, t)
             torch.add(h, current.select(1, t), out=now)
             if cell.reset == "clamp":
                 torch.clamp(now, max=cell.v_th, out=h)
@@ -93,19 +95,23 @@ class _Recurrence(torch.autograd.Function):
                 if cell.b:
                     h.add_(cell.b)
             else:
+                compare(now, cell.v_th, out=fired)
                 torch.mul(now, cell.alpha, out=h)
-                h.masked_fill_(cell.fires(now), 0.0)
-        ctx.save_for_backward(u)
+                h.addcmul_(h, fired, value=-1)
+        if cell.reset == "clamp":
+            compare(u, cell.v_th, out=s)
+        ctx.save_for_backward(u, s)
         ctx.cell = cell
-        return cell.output(u)
+        return s if cell.mode == "spike" else cell.output(u)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (u,), cell = ctx.saved_tensors, ctx.cell
+        (u, s), cell = ctx.saved_tensors, ctx.cell
         away = u - cell.v_th
-        window = (away.abs() < cell.lens).to(u.dtype).div_(2 * cell.lens)
-        through = cell.fires(u).logical_not_().to(u.dtype)
+        window = away.abs()
+        torch.lt(window, cell.lens, out=window).div_(2 * cell.lens)
+        through = 1 - s
         if not cell.detach_reset:
             # ∂s/∂u times what a spike changes in the state: Vth − u (clamp) or −u (hard)
             through.addcmul_(away if cell.reset == "clamp" else u, window, value=-1)
