@@ -157,7 +157,7 @@ class EventClassification(Task):
         """A spiking network of a size that suits the task."""
         from sparing.core.predictor import build_model
 
-        return build_model("gesture_snn", self, **self.model)
+        return build_model("gesture_snn", self, **{"r_t": min(5, self.T), **self.model})
 
     def raw_example(self) -> Sequence[Any]:
         """One recording of 2,000 events, evenly distributed."""
