@@ -21,7 +21,7 @@ from sparing.data.events.framing import (
     clip_votes,
     events_to_frames,
 )
-from sparing.data.events.simulator import EventSimulator
+from sparing.data.events.simulator import MOTIONS, EventSimulator, move_image
 from sparing.data.events.stream import EventRecordings, EventStream, from_tonic, read_packed
 
 ROW = {"x": [0, 3, 3], "y": [1, 1, 2], "t": [10, 20, 39], "p": [0, 1, 1]}
@@ -243,6 +243,60 @@ def test_fields_of_the_simulator_are_refused():
         EventSimulator(threshold=0)
     with pytest.raises(InvalidValue, match="noise_hz = nan"):
         EventSimulator(noise_hz=float("nan"))
+
+
+def dot(row: int, column: int) -> np.ndarray:
+    image = np.full((64, 64), 20, np.uint8)
+    image[row - 4 : row + 5, column - 4 : column + 5] = 250
+    return image
+
+
+def path_of(motion: str, image: np.ndarray, **fields) -> np.ndarray:
+    """(row, column) of the brightest spot of each frame."""
+    frames, _ = move_image(image, motion, **fields)
+    bright = frames - frames.min()
+    rows, columns = np.mgrid[:32, :32]
+    return np.stack([(bright * axis).sum((1, 2)) / bright.sum((1, 2)) for axis in (rows, columns)], 1)
+
+
+def test_images_move_as_their_motion_says():
+    middle, right = dot(32, 32), dot(32, 52)
+    wave = path_of("wave_horizontal", middle)
+    assert np.ptp(wave[:, 0]) < 0.5
+    assert np.ptp(wave[:, 1]) == pytest.approx(10, abs=0.5)
+    assert np.ptp(path_of("wave_vertical", middle)[:, 0]) == pytest.approx(10, abs=0.5)
+    # rows run down: from the right, clockwise goes down first
+    for motion, image in (("circle", middle), ("rotate", right)):
+        for sense, sign in (("clockwise", 1), ("counter_clockwise", -1)):
+            path = path_of(f"{motion}_{sense}", image)
+            assert sign * (path[10, 0] - path[0, 0]) > 0.5, (motion, sense)
+    size = {motion: (move_image(middle, motion)[0] > 0.5).sum((1, 2)) for motion in ("approach", "recede")}
+    assert size["approach"][-1] > 3 * size["approach"][0]
+    assert size["recede"].tolist() == size["approach"][::-1].tolist()
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_images_become_events(motion):
+    frames, times = move_image(dot(32, 44), motion, side=16)
+    assert times[-1] == 300_000
+    events = EventSimulator(noise_hz=0).from_frames(frames, times)
+    assert len(events) > 20
+    assert events.sensor_size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"motion": "jump"}, "motion = 'jump'"),
+        ({"side": 0}, "side = 0"),
+        ({"every_us": 400_000}, "more than duration_us"),
+        ({"image": np.zeros((2, 2, 3))}, "grey"),
+        ({"image": np.full((2, 2), np.nan)}, "NaN"),
+    ],
+)
+def test_images_that_cannot_move_are_refused(change, words):
+    with pytest.raises((InvalidValue, DataError), match=words):
+        move_image(**{"image": dot(32, 32), "motion": "approach", **change})
 
 
 # --- DVS128 Gesture

@@ -13,6 +13,17 @@ from sparing.data.events.stream import EventStream
 
 FLOOR = 0.05
 """Added to an intensity before its logarithm is taken."""
+MOTIONS = (
+    "wave_horizontal",
+    "wave_vertical",
+    "circle_clockwise",
+    "circle_counter_clockwise",
+    "rotate_clockwise",
+    "rotate_counter_clockwise",
+    "approach",
+    "recede",
+)
+"""What :func:`move_image` knows; the classes of the task "gesture_events"."""
 
 
 @dataclass(frozen=True)
@@ -116,3 +127,72 @@ class EventSimulator:
             kept[place[good]] = True
             last[having[good]] = stamps[place[good]]
         return np.flatnonzero(kept)
+
+
+def move_image(
+    image: ndarray,
+    motion: str,
+    side: int = 32,
+    duration_us: int = 300_000,
+    every_us: int = 2000,
+    amplitude: float = 5.0,
+    cycles: float = 1.5,
+    phase: float = 0.0,
+    angle: float = 1.4,
+    zoom: float = 2.0,
+) -> tuple[Float[ndarray, "n side side"], Integer[ndarray, " n"]]:
+    """A film of a still image that moves, for :meth:`EventSimulator.from_frames`: events of images of your own.
+
+    Args:
+        image: grey (height, width), whole numbers 0…255 or real ones 0…1; its longer side fills the frame at rest.
+        motion: one of :data:`MOTIONS`; clockwise as it is seen, with rows running down.
+        side: height and width of a frame in pixels.
+        duration_us: length of the film in microseconds.
+        every_us: microseconds from frame to frame.
+        amplitude: of waves and circles, in pixels of a frame.
+        cycles: waves or turns of a circle in the film.
+        phase: of waves and circles at first, in radians.
+        angle: of a rotation in the film, in radians.
+        zoom: size at the end of an approach, or at the start of a recession.
+
+    Returns:
+        Frames in 0…1 (N, side, side) and their times in microseconds (N,), for ``from_frames``.
+    """
+    from scipy.ndimage import affine_transform
+
+    if motion not in MOTIONS:
+        raise InvalidValue(f"move_image: motion = {motion!r}; one of {', '.join(MOTIONS)} is expected")
+    for name, value in (("side", side), ("duration_us", duration_us), ("every_us", every_us)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidValue(f"move_image: {name} = {value!r}; a whole number of at least 1 is expected")
+    if every_us > duration_us:
+        raise InvalidValue(f"move_image: every_us = {every_us} is more than duration_us = {duration_us}")
+    picture = np.asarray(image)
+    if picture.ndim != 2 or not picture.size:
+        raise DataError(f"an image of shape {picture.shape}; grey (height, width) is expected")
+    picture = picture / 255.0 if picture.dtype.kind in "iu" else picture.astype(np.float64)
+    if not ((picture >= 0) & (picture <= 1)).all():
+        raise DataError("an image that holds NaN or values out of range; 0…255 as whole numbers or 0…1 is expected")
+    times = np.arange(0, duration_us + 1, every_us)
+    rest = max(picture.shape) / side  # pixels of the image for one of a frame
+    centre = (np.array(picture.shape) - 1) / 2
+    middle = np.full(2, (side - 1) / 2)
+    frames = []
+    for share in times / duration_us:
+        turned, scale, shift = 0.0, 1.0, np.zeros(2)
+        around = 2 * np.pi * cycles * share + phase
+        if motion.startswith("wave"):
+            shift[int(motion == "wave_horizontal")] = amplitude * np.sin(around)
+        elif motion.startswith("circle"):
+            sense = 1 if motion == "circle_clockwise" else -1
+            shift[:] = amplitude * np.sin(sense * around), amplitude * np.cos(around)
+        elif motion.startswith("rotate"):
+            turned = (1 if motion == "rotate_clockwise" else -1) * angle * share
+        else:
+            scale = zoom ** (share if motion == "approach" else 1 - share)
+        # where a pixel of the frame comes from, rows first
+        back = np.array([[np.cos(turned), -np.sin(turned)], [np.sin(turned), np.cos(turned)]]) * rest / scale
+        frames.append(
+            affine_transform(picture, back, centre - back @ (middle + shift), (side, side), order=1, mode="nearest")
+        )
+    return np.clip(np.stack(frames), 0, 1), times

@@ -15,6 +15,7 @@ from sparing.core.metrics import accuracy_by_class, evaluate_classification
 from sparing.core.task import Evaluation
 from sparing.data.events.dvs_gesture import CLASSES, SIDE, read_dvs_gesture
 from sparing.data.events.framing import FramedEvents, FrameMode, clip_starts, clip_votes, events_to_frames
+from sparing.data.events.simulator import MOTIONS
 from sparing.data.events.stream import EventRecordings, read_packed
 from sparing.data.root import data_root
 from sparing.tasks.events.base import EVALUATION_BATCH, EventClassification
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
     from sparing.core.predictor import Predictor
 
 FOLDER = "gesture_events_sim"
-SIMULATED = (
-    "wave_horizontal",
-    "wave_vertical",
-    "circle_clockwise",
-    "circle_counter_clockwise",
-    "rotate_clockwise",
-    "rotate_counter_clockwise",
-    "approach",
-    "recede",
-)
 
 
 def by_people(people: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +52,7 @@ class GestureEvents(EventClassification):
     """
 
     name = "gesture_events"
-    labels = SIMULATED
+    labels = MOTIONS
     sensor_size = (32, 32)
     start: str | int = 0
     train_start: str | int = 0
