@@ -74,12 +74,16 @@ if TYPE_CHECKING:
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
     from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.distillation.finetuning import FineTune, layer_decay_groups
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.distillation.pretraining import Pretrain
+    from sparing.distillation.relations import DistilRelations, RelationStudent, cls_kl, feature_smooth_l1, relation_kl
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
     from sparing.engine.tuner import tune_production
     from sparing.models.bert import from_transformers
     from sparing.models.ctr import without_zero_rows
+    from sparing.models.mae import MAE, ViTConfig, load_vit, mae_loss, save_vit, sincos_2d
     from sparing.models.xdeepint import MultiHeadInteraction, PolynomialInteraction, XDeepInt
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
@@ -175,12 +179,22 @@ _HOMES = {
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.distillation.finetuning": ("FineTune", "layer_decay_groups"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.distillation.pretraining": ("Pretrain",),
+    "sparing.distillation.relations": (
+        "DistilRelations",
+        "RelationStudent",
+        "cls_kl",
+        "feature_smooth_l1",
+        "relation_kl",
+    ),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
     "sparing.engine.tuner": ("tune_production",),
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
+    "sparing.models.mae": ("MAE", "ViTConfig", "load_vit", "mae_loss", "save_vit", "sincos_2d"),
     "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
     "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "combined_optimizer"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
@@ -207,6 +221,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FTRL",
     "LEAP",
+    "MAE",
     "RPGD",
     "AuditBackdoor",
     "Augment",
@@ -235,6 +250,7 @@ __all__ = [
     "DVFSGovernor",
     "DataError",
     "Distil",
+    "DistilRelations",
     "DistillationLoss",
     "EarlyExitPredictor",
     "Ema",
@@ -243,6 +259,7 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FineTune",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
@@ -276,9 +293,11 @@ __all__ = [
     "PolynomialInteraction",
     "PredictiveExit",
     "PredictiveExitPolicy",
+    "Pretrain",
     "Profile",
     "Quantize",
     "RecipeError",
+    "RelationStudent",
     "Reparametrization",
     "Rpgd",
     "ScalingOptimizer",
@@ -297,6 +316,7 @@ __all__ = [
     "UnknownName",
     "UnrolledCondenser",
     "UntrustedCode",
+    "ViTConfig",
     "WarmupCosine",
     "WeightAverage",
     "WeightNormalization",
@@ -308,6 +328,7 @@ __all__ = [
     "bake",
     "build_model",
     "calibrate",
+    "cls_kl",
     "combined_optimizer",
     "compile_encoder",
     "compile_model",
@@ -315,12 +336,16 @@ __all__ = [
     "detect_blocks",
     "distill_blocks",
     "extract_blocks",
+    "feature_smooth_l1",
     "from_transformers",
     "hessian_trace",
+    "layer_decay_groups",
     "leap_factor",
     "load",
     "load_condensed",
+    "load_vit",
     "lock_pattern",
+    "mae_loss",
     "perturbation_flatness",
     "plan",
     "postprocess_spans",
@@ -329,10 +354,13 @@ __all__ = [
     "profile_blocks",
     "profile_latency",
     "quantize_ptq",
+    "relation_kl",
     "run",
     "save_condensed",
+    "save_vit",
     "sharpness",
     "shrink",
+    "sincos_2d",
     "squad_metrics",
     "step",
     "train_exits",

@@ -142,6 +142,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
         ),
+        "distil_relations": Part(
+            "sparing.distillation.relations:DistilRelations",
+            'Pre-train a small "mae_vit" on images without labels, by how a pre-trained teacher relates their parts.',
+        ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
             "Keep a moving average of the weights through the next training, score it beside them, and hand it on.",
@@ -150,6 +154,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.core.export:Export",
             "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
         ),
+        "finetune": Part(
+            "sparing.distillation.finetuning:FineTune",
+            'Fine-tune a pre-trained "mae_vit" on labels, perhaps a few; early layers learn more slowly than later '
+            "ones.",
+        ),
         "leap": Part(
             "sparing.optimization.leap:Leap",
             "Multiply each parameter's learning rate in the next training by Gaussian noise of mean 1.",
@@ -157,6 +166,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "predictive_exit": Part(
             "sparing.adaptive.predictive_exit:PredictiveExit",
             "Let easy samples leave early: exits are trained, and forecasts say where a sample will be sure enough.",
+        ),
+        "pretrain": Part(
+            "sparing.distillation.pretraining:Pretrain",
+            'Pre-train a "mae_vit" on images without looking at their labels, as a masked autoencoder.',
         ),
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
@@ -239,6 +252,11 @@ PARTS: dict[str, dict[str, Part]] = {
         "lr": Part(
             "sparing.models.ctr:LogisticRegression",
             "Logistic regression on categorical fields: a weight for each id, and a bias.",
+        ),
+        "mae_vit": Part(
+            "sparing.models.mae:MAEViT",
+            "Vision transformer with a class token, to be pre-trained without labels; classifies by the mean of its "
+            "patches.",
         ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(

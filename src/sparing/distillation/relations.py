@@ -13,34 +13,49 @@ each other one (query · key, value · value). The last block of the student is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import layer_norm, log_softmax
 
-from sparing.core.errors import InvalidValue
+from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.job import TrainingPlan
+from sparing.core.predictor import build_model, load, named_model, outline
+from sparing.core.randomness import isolated_rng
+from sparing.core.step import step
+from sparing.data.augmentation import ColourJitter, PairedImages
+from sparing.distillation.pretraining import OwnLoss, Pretrain, trunk_of
 from sparing.models.emo import DropPath
 from sparing.models.mae import (
     FEATURES,
     MAE,
+    TRUNK,
     Feature,
+    MAEViT,
     ViTConfig,
     ViTEncoder,
     ViTTrunk,
     block_feature,
     check_block,
     check_mask_ratio,
+    load_vit,
     mae_loss,
     patchify,
     random_masking,
 )
 from sparing.models.vit import EPS, TransformerBlock
+
+if TYPE_CHECKING:
+    from sparing.core.job import Job
+    from sparing.core.task import Task
 
 Target = Literal["relations", "features", "cls_token"]
 Relation = Literal["qk", "vv", "qq", "kk"]
@@ -233,12 +248,13 @@ class Objective:
         return behind.get(compared, ())
 
 
-def default_block(depth: int) -> int:
+def default_block(teacher: ViTConfig) -> int:
     """The block to learn from when none is named: three quarters of the way up a deep teacher, else the last.
 
-    18 of 24 and 12 of 12, as in the paper.
+    18 of 24 and 12 of 12, as in the paper. Of a teacher that was itself taught relations, which its last block's own
+    number of heads tells, it is the last.
     """
-    return depth * 3 // 4 if depth > 12 else depth
+    return teacher.depth * 3 // 4 if teacher.depth > 12 and teacher.last_heads is None else teacher.depth
 
 
 def student_config(
@@ -253,7 +269,7 @@ def student_config(
     """
     if heads is None:
         return student
-    block = default_block(teacher.depth) if block is None else block
+    block = default_block(teacher) if block is None else block
     check_block(block, teacher.depth)
     needed = teacher.heads_of[block - 1]
     if heads != "auto" and heads != needed:
@@ -317,7 +333,7 @@ class RelationStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = Objective() if objective is None else objective
-        self.target_block = default_block(teacher.depth) if target_block is None else target_block
+        self.target_block = default_block(teacher) if target_block is None else target_block
         check_block(self.target_block, teacher.depth)
         if config.grid != teacher.grid:
             raise InvalidValue(
@@ -426,3 +442,143 @@ def flat_rates(rate: float, depth: int) -> list[float]:
     if not 0 <= rate < 1:
         raise InvalidValue(f"drop_path = {rate!r}; 0 ≤ rate < 1 is expected")
     return [rate] * (depth - 1) + [0.0]
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of red, green and blue in 0…1 that public weights were trained with."""
+
+
+def load_teacher(folder: Path, trust: Collection[str] = ()) -> ViTTrunk:
+    """A teacher from a folder: a model that Sparing saved, a network of :func:`sparing.models.mae.save_vit`, or a ViT
+    or ViTMAE of ``transformers``."""
+    if not (folder / "sparing.json").is_file():
+        return load_vit(folder)
+    predictor = load(folder, trust)
+    model = getattr(predictor, "model", None)
+    if not isinstance(model, ViTTrunk):
+        raise InvalidValue(f'{folder}: a {predictor.kind} of {type(model).__name__}; a saved "mae_vit" is expected')
+    return model
+
+
+@step("distil_relations")
+class DistilRelations(Pretrain):
+    """Pre-train a small "mae_vit" on images without labels, by how a pre-trained teacher relates their parts.
+
+    The teacher is the job's model, or one in a folder; the student takes its place, and may be the teacher of a next,
+    smaller one. Its last block keeps the number of heads it was taught with until ``finetune`` sets it back.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"module", "images"})
+    gives: ClassVar[frozenset[str]] = frozenset({TRUNK})
+    source: ClassVar[str] = "Ren et al. 2023, TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models, CVPR"
+
+    epochs: int = Field(default=300, ge=1)
+    """Passes over the images; not looked at when ``max_steps`` is set."""
+    model: Annotated[str, Field(min_length=1)] | dict[str, Any]
+    """The student: {name: mae_vit, field: value}."""
+    teacher_folder: Path | None = None
+    """A folder with the teacher: saved by Sparing, or a ViT or ViTMAE saved by transformers. None: the job's model."""
+    teacher_normalisation: Literal["data", "imagenet"] = "data"
+    """By what the teacher's images are normalised: the task's own figures, or those of ImageNet for public weights."""
+    target: Target = "relations"
+    """What is reproduced: relations among tokens, features of tokens, or features of the class token alone."""
+    relations: tuple[Relation, ...] = ("qk", "vv")
+    """Which relations: some of qk, vv, qq, kk."""
+    softmax: bool = True
+    """Compare relations behind a soft-max; else the bare scores."""
+    feature: Feature = "block"
+    """Which feature of a block: block, ffn, attention, attention_residual or qkv."""
+    target_block: int | None = Field(default=None, ge=1)
+    """The teacher's block to learn from, counted from 1. None: the last, or 3/4 of the way up a deep MAE."""
+    student_heads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Heads of the student's last block for relations; "auto": the teacher's number, which it must equal."""
+    input: Literal["raw", "masked"] = "raw"
+    """Whole images, or what is left of them when ``mask_ratio`` of the patches is removed."""
+    reconstruction: bool = False
+    """Let the student fill in the removed patches too."""
+    jitter: float = Field(default=0.4, ge=0, le=1)
+    """Strength of random brightness, contrast and saturation of the student's view."""
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    """Rate of stochastic depth of every block of the student but the last."""
+    teacher_drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Rate of stochastic depth of the teacher: an ablation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.objective()
+        except InvalidValue as error:
+            raise InvalidValue(f"{self.id}: {error}") from None
+        if named_model(self.model, f"{self.id}: model")[0] != "mae_vit":
+            raise InvalidValue(f'{self.id}: model = {self.model!r}; a "mae_vit" is expected')
+        if self.teacher_folder is not None and not self.teacher_folder.is_dir():
+            raise InvalidValue(f"{self.id}: teacher_folder = {str(self.teacher_folder)!r}: there is no such folder")
+
+    def objective(self) -> Objective:
+        """What is compared."""
+        return Objective(
+            self.target, self.relations, self.softmax, self.feature, self.input, self.mask_ratio, self.reconstruction
+        )
+
+    def check(self, task: Task) -> None:
+        """The student can be built."""
+        super().check(task)
+        name, own = named_model(self.model, f"{self.id}: model")
+        outline(lambda: build_model(name, task, **own))
+
+    def apply(self, job: Job) -> Job:
+        """The job with the student in the teacher's place, without a predictor, and with an emptied training plan."""
+        images = self.images(job)
+        if self.teacher_folder is None:
+            teacher = trunk_of(self.id, job, ViTTrunk)
+        else:
+            teacher = load_teacher(self.teacher_folder, job.trust)
+        name, own = named_model(self.model, f"{self.id}: model")
+        with isolated_rng("model", job.seed):  # as the same model begins when it is the job's
+            student = build_model(name, job.task, **own)
+        assert isinstance(student, MAEViT)
+        config = student.config
+        for what in ("image_size", "in_channels"):
+            mine, theirs = getattr(config, what), getattr(teacher.config, what)
+            if mine != theirs:
+                raise IncompatibleStep(
+                    f"{self.id}: {what} = {mine} of the student, {theirs} of the teacher; equal is needed"
+                )
+        block = default_block(teacher.config) if self.target_block is None else self.target_block
+        if self.target == "relations":
+            config = student_config(config, teacher.config, block, self.student_heads)
+        with isolated_rng(job.seed, self.name, "prepare"):
+            decoder = (self.decoder_dim, self.decoder_depth, self.decoder_heads)
+            learner = RelationStudent(config, teacher.config, self.objective(), block, self.drop_path, *decoder)
+        learner.encoder.take_over(student)
+        left = learner.untrained()
+        for part, parameter in learner.encoder.named_parameters():
+            parameter.requires_grad_(part not in left)
+        here: dict[torch.device, ViTTrunk] = {}  # beside the student, not in it: no state to save, nothing to train
+
+        def loss(learner: RelationStudent, batch: Any) -> Tensor:
+            device = batch[0].device
+            if device not in here:
+                here[device] = freeze(teacher, self.teacher_drop_path).to(device)
+            return learner(here[device], *batch)
+
+        side = config.image_size
+        second = (ColourJitter(self.jitter, self.jitter, self.jitter),) if self.jitter else ()
+        moments = IMAGENET if self.teacher_normalisation == "imagenet" else (None, None)
+        data = PairedImages(images, self.crops(side), second, *moments)
+        self.learn(job, learner, data, OwnLoss(job.task, loss))
+        taught = build_model(name, job.task, **own | {"last_heads": config.last_heads})
+        assert isinstance(taught, MAEViT)
+        taught.load_state_dict(student.state_dict())
+        taught.take_over(learner.encoder)
+        what = {"relations": " + ".join(self.relations), "features": self.feature, "cls_token": "class token"}[
+            self.target
+        ]
+        job.notes.remarks += [
+            f"{what} of block {block} of {teacher.config.depth}, {teacher.config.heads_of[block - 1]} heads; the "
+            f"student's blocks have {', '.join(map(str, config.heads_of))}",
+            f"{len(left)} tensors were not trained and keep their first values: {', '.join(left)}",
+        ]
+        return job.replace(model=taught, predictor=None, training=TrainingPlan())

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from sparing.core import files
 from sparing.core.errors import CorruptFile, DataError, InvalidValue, did_you_mean
+from sparing.core.predictor.module import build_model
 from sparing.models.convnet import whole
 from sparing.models.vit import EPS, TransformerBlock
 
 Feature = Literal["block", "ffn", "attention", "attention_residual", "qkv"]
 """What of a block: its output; that of its perceptron, or of its attention, before the residual; the attention's after
 the residual; queries, keys and values side by side."""
+TRUNK = "pre-trainable"
+"""The capability of a model that can be pre-trained without labels."""
 FEATURES: tuple[Feature, ...] = ("block", "ffn", "attention", "attention_residual", "qkv")
 
 
@@ -469,6 +472,8 @@ class MAEViT(ViTTrunk):
         drop_path: largest rate of stochastic depth; blocks get evenly spaced rates from 0 to it.
     """
 
+    capabilities: ClassVar[frozenset[str]] = frozenset({TRUNK})
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -504,24 +509,25 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KIND = "sparing_vit"
 
 
-def save_encoder(encoder: ViTEncoder, folder: Path | str) -> None:
-    """Write a :class:`ViTEncoder` or :class:`MAE`, to be read by :func:`load_encoder`.
+def save_vit(model: ViTTrunk, folder: Path | str) -> None:
+    """Write a :class:`ViTEncoder`, :class:`MAE` or :class:`MAEViT`, to be read by :func:`load_vit`.
 
     ``config.json`` holds its sizes and the head number of each block, ``model.safetensors`` its weights.
     """
-    said: dict[str, Any] = {"model_type": KIND, "encoder": asdict(encoder.config)}
-    said["heads_of"] = list(encoder.config.heads_of)
-    if isinstance(encoder, MAE):
-        said |= {"decoder": encoder.decoder, "mask_ratio": encoder.mask_ratio}
+    said: dict[str, Any] = {"model_type": KIND, "trunk": asdict(model.config), "heads_of": list(model.config.heads_of)}
+    if isinstance(model, MAE):
+        said |= {"decoder": {**model.decoder, "mask_ratio": model.mask_ratio}}
+    elif isinstance(model, MAEViT):
+        said |= {"num_classes": model.head.out_features}
     with files.folder_atomic(Path(folder)) as place:
         files.write_json(place / CONFIG, said)
-        files.write_tensors(place / WEIGHTS, encoder.state_dict())
+        files.write_tensors(place / WEIGHTS, model.state_dict())
 
 
-def load_encoder(folder: Path | str) -> ViTEncoder:
-    """The encoder in a local folder: one of :func:`save_encoder`, or a ViT or ViTMAE that ``transformers`` saved.
+def load_vit(folder: Path | str) -> ViTTrunk:
+    """The network in a local folder: one of :func:`save_vit`, or a ViT or ViTMAE that ``transformers`` saved.
 
-    A folder with a decoder gives a :class:`MAE`. Of a public ViT the pooler and the classifier, which work on the class
+    The public ones become a :class:`ViTEncoder`, or a :class:`MAE` where there is a decoder. Of a public ViT the pooler and the classifier, which work on the class
     token behind the last norm, have no place here and are left out; all other weights must find theirs. Nothing is
     downloaded, nothing unpickled, and the package ``transformers`` is not needed.
 
@@ -542,29 +548,31 @@ def load_encoder(folder: Path | str) -> ViTEncoder:
         raise CorruptFile(f"{folder / CONFIG}: a {type(said).__name__}; a mapping is expected")
     state = files.read_tensors(folder / WEIGHTS)
     if said.get("model_type") == KIND:
-        encoder = _own(said, folder)
-    else:
-        encoder, state = _public(said, folder), _renamed(state, folder)
-    return _filled(encoder, state, folder)
+        return _filled(_own(said, folder), state, folder)
+    return _filled(_public(said, folder), _renamed(state, folder), folder)
 
 
-def encoder_from_transformers(model: Any) -> ViTEncoder:
+def vit_from_transformers(model: Any) -> ViTEncoder:
     """The same of a live ``transformers`` ViTModel, ViTForImageClassification, ViTMAEModel or ViTMAEForPreTraining."""
     name = type(model).__name__
     said = {**model.config.to_dict(), "architectures": [name]}
     return _filled(_public(said, name), _renamed(dict(model.state_dict()), name), name)
 
 
-def _own(said: Mapping[str, Any], folder: Path) -> ViTEncoder:
+def _own(said: Mapping[str, Any], folder: Path) -> ViTTrunk:
     known = {field.name for field in fields(ViTConfig)}
-    encoder, decoder = said.get("encoder"), said.get("decoder")
-    if not isinstance(encoder, dict) or set(encoder) != known or not isinstance(decoder, dict | None):
+    trunk, decoder, classes = (said.get(name) for name in ("trunk", "decoder", "num_classes"))
+    if not isinstance(trunk, dict) or set(trunk) != known or not isinstance(decoder, dict | None):
         raise CorruptFile(f"{folder / CONFIG} does not hold the sizes {', '.join(sorted(known))}")
     try:
-        config = ViTConfig(**encoder)
-        return (
-            ViTEncoder(config) if decoder is None else MAE(config, **decoder, mask_ratio=said.get("mask_ratio", 0.75))
-        )
+        config = ViTConfig(**trunk)
+        if said.get("heads_of") != list(config.heads_of):
+            raise InvalidValue(
+                f"heads_of = {said.get('heads_of')}; {list(config.heads_of)} follow from the other sizes"
+            )
+        if classes is not None:
+            return build_model("mae_vit", num_classes=classes, **trunk)  # type: ignore[return-value]
+        return ViTEncoder(config) if decoder is None else MAE(config, **decoder)
     except (InvalidValue, TypeError) as error:
         raise CorruptFile(f"{folder / CONFIG}: {error}") from error
 
@@ -649,7 +657,10 @@ def _renamed(state: Mapping[str, Tensor], where: Path | str) -> dict[str, Tensor
     return {name: t for name, t in found.items() if not (name.endswith("pos_embed") and not bool(t.any()))}
 
 
-def _filled(encoder: ViTEncoder, state: Mapping[str, Tensor], where: Path | str) -> ViTEncoder:
+Network = TypeVar("Network", bound=ViTTrunk)
+
+
+def _filled(encoder: Network, state: Mapping[str, Tensor], where: Path | str) -> Network:
     own = encoder.state_dict()
     for name, what in (
         *((name, "is not understood") for name in state if name not in own),
