@@ -302,7 +302,7 @@ class ViTTrunk(nn.Module):
         if keep is not None:
             patches = patches.gather(1, keep[:, :, None].expand(-1, -1, patches.shape[2]))
         first = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([first.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([first.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     def into(self, tokens: Float[Tensor, "b n dim"], block: int) -> Float[Tensor, "b n dim"]:
         """What goes into block number ``block`` (from 1): the output of the one before it. Later blocks do not run."""
@@ -527,9 +527,10 @@ def save_vit(model: ViTTrunk, folder: Path | str) -> None:
 def load_vit(folder: Path | str) -> ViTTrunk:
     """The network in a local folder: one of :func:`save_vit`, or a ViT or ViTMAE that ``transformers`` saved.
 
-    The public ones become a :class:`ViTEncoder`, or a :class:`MAE` where there is a decoder. Of a public ViT the pooler and the classifier, which work on the class
-    token behind the last norm, have no place here and are left out; all other weights must find theirs. Nothing is
-    downloaded, nothing unpickled, and the package ``transformers`` is not needed.
+    The public ones become a :class:`ViTEncoder`, or a :class:`MAE` where there is a decoder. Of a public ViT the pooler
+    and the classifier, which work on the class token behind the last norm, have no place here and are left out; all
+    other weights must find theirs. Positions that are all zero, as a ViTMAE has that was never trained, become the
+    fixed table. Nothing is downloaded, nothing unpickled, and the package ``transformers`` is not needed.
 
     Raises:
         DataError: no such folder; weights that lack a tensor, or hold one that is not understood.
@@ -567,9 +568,7 @@ def _own(said: Mapping[str, Any], folder: Path) -> ViTTrunk:
     try:
         config = ViTConfig(**trunk)
         if said.get("heads_of") != list(config.heads_of):
-            raise InvalidValue(
-                f"heads_of = {said.get('heads_of')}; {list(config.heads_of)} follow from the other sizes"
-            )
+            raise InvalidValue(f"heads_of = {said.get('heads_of')}; {list(config.heads_of)} follow from the sizes")
         if classes is not None:
             return build_model("mae_vit", num_classes=classes, **trunk)  # type: ignore[return-value]
         return ViTEncoder(config) if decoder is None else MAE(config, **decoder)
@@ -653,8 +652,7 @@ def _renamed(state: Mapping[str, Tensor], where: Path | str) -> dict[str, Tensor
         if lacking := [name for name in triple if name not in found]:
             raise DataError(f"{where}: {lacking[0]} is missing beside {q}")
         found[q.replace(".attn.q.", ".attn.qkv.")] = torch.cat([found.pop(name) for name in triple])
-    # a net that was never filled from a checkpoint has only zeros there; without any positions it could not learn
-    return {name: t for name, t in found.items() if not (name.endswith("pos_embed") and not bool(t.any()))}
+    return found
 
 
 Network = TypeVar("Network", bound=ViTTrunk)
@@ -664,7 +662,7 @@ def _filled(encoder: Network, state: Mapping[str, Tensor], where: Path | str) ->
     own = encoder.state_dict()
     for name, what in (
         *((name, "is not understood") for name in state if name not in own),
-        *((name, "is missing") for name in own if name not in state and not name.endswith("pos_embed")),
+        *((name, "is missing") for name in own if name not in state),
     ):
         raise DataError(f"{where}: the tensor {name!r} {what}; those of a {type(encoder).__name__} are expected")
     for name, tensor in state.items():
@@ -672,5 +670,7 @@ def _filled(encoder: Network, state: Mapping[str, Tensor], where: Path | str) ->
             raise DataError(
                 f"{where}: the tensor {name!r} is {tuple(tensor.shape)}; {tuple(own[name].shape)} is expected"
             )
-    encoder.load_state_dict(state, strict=False)
+    # a public net that was never trained has only zeros for positions, and could tell no patch from another
+    blank = {name for name, tensor in state.items() if name.endswith("pos_embed") and not bool(tensor.any())}
+    encoder.load_state_dict({**state, **{name: own[name] for name in blank}})
     return encoder
