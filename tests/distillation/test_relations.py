@@ -7,9 +7,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from relation_cases import LEARNING, TEACHING, task_of
 from torch import Tensor
 from torch.nn.functional import layer_norm, smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,14 +109,13 @@ class Largest(TorchDispatchMode):
         self.alive -= size
 
 
-def test_no_more_than_one_block_of_relations_is_in_memory() -> None:
-    teacher, heads, tokens, batch = freeze(ViTEncoder(TEACHER)), 4, 17, 2
-    student = RelationStudent(student_config(SMALL, TEACHER), TEACHER)
+def test_not_even_one_relation_of_a_block_is_in_memory() -> None:
+    heads, tokens, batch = 8, 17, 2
+    many = ViTConfig(16, 4, 16, 3, heads)
+    student = RelationStudent(student_config(SMALL, many), many)
     with Largest(tokens) as watch:
-        student(teacher, pixels(), pixels()).backward()
-    # networks attend without any; of the loss a few of one head's, never those of a block
-    assert 0 < watch.most <= 8 * batch * tokens**2 / 2
-    assert watch.most < 2 * batch * heads * tokens**2 + 1
+        student(freeze(ViTEncoder(many)), pixels(batch), pixels(batch)).backward()
+    assert 0 < watch.most < batch * heads * tokens**2  # one head's at a time; the networks attend without any
 
 
 def test_features_and_class_tokens_by_their_formulas() -> None:
@@ -192,7 +191,7 @@ def test_a_frozen_teacher_is_a_copy_without_gradients() -> None:
     dropped = freeze(model, 0.9)
     assert not dropped.training
     torch.manual_seed(0)
-    assert not torch.equal(dropped(pixels()), dropped(pixels()))
+    assert not torch.equal(dropped(pixels(64)), dropped(pixels(64)))
 
 
 @pytest.mark.parametrize(
@@ -238,11 +237,11 @@ def test_the_loss_falls() -> None:
     torch.manual_seed(0)
     teacher = freeze(ViTEncoder(TEACHER))
     for block in teacher.blocks:  # a teacher whose tokens have something to do with each other
-        block.attn.qkv.weight.mul_(4)
+        block.attn.qkv.weight.mul_(2)
     student = RelationStudent(student_config(SMALL, TEACHER), TEACHER, drop_path=0.0)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(80):
         loss = student(teacher, pixels(8), pixels(8))
         optimizer.zero_grad()
         loss.backward()
@@ -252,19 +251,6 @@ def test_the_loss_falls() -> None:
 
 
 # --- the step
-
-
-def task_of(count: int = 24) -> sparing.Task:
-    from sparing.tasks.images.estimator import _InMemory
-
-    draw = np.random.RandomState(0)
-    labels = np.arange(count) % 3
-    images = (draw.randint(0, 100, (count, 16, 16, 3)) + 50 * labels[:, None, None, None]).astype(np.uint8)
-    return _InMemory(images, labels, ["a", "b", "c"], None)
-
-
-TEACHING = {"name": "mae_vit", "patch_size": 4, "dim": 16, "depth": 3, "heads": 4}
-LEARNING = {"name": "mae_vit", "patch_size": 4, "dim": 8, "depth": 2, "heads": 2}
 
 
 def test_a_student_keeps_its_teachers_heads_until_it_is_fine_tuned(tmp_path: Path) -> None:
@@ -312,9 +298,9 @@ def test_a_teacher_in_a_folder_and_one_that_does_not_fit(tmp_path: Path) -> None
         DistilRelations(teacher_folder=tmp_path / "nowhere", **fields)
     with pytest.raises(InvalidValue, match='a "mae_vit" is expected'):
         DistilRelations(**{**fields, "model": "convnet"})
-    with pytest.raises(InvalidValue, match="width 20 .* the 6 heads"):
-        odd = DistilRelations(**{**fields, "model": {**LEARNING, "dim": 20, "heads": 4}}, target_block=1)
-        wide = begin(task_of(), {**TEACHING, "dim": 24, "heads": 6}, store=tmp_path / "store")
+    odd = DistilRelations(**{**fields, "model": {**LEARNING, "dim": 20, "heads": 4}}, target_block=1)
+    wide = begin(task_of(), {**TEACHING, "dim": 24, "heads": 6}, store=tmp_path / "store")
+    with pytest.raises(InvalidValue, match=r"width 20 .* the 6 heads"):
         odd.apply(wide)
 
 

@@ -325,7 +325,7 @@ def test_public_weights_that_do_not_fit_are_refused(transformers: Any, tmp_path:
     with pytest.raises(DataError, match=r"'something\.else' is not understood"):
         load_vit(tmp_path)
     files.write_tensors(weights, {name: tensor for name, tensor in state.items() if "norm" not in name})
-    with pytest.raises(DataError, match="norm1.* is missing"):
+    with pytest.raises(DataError, match=r"norm1.* is missing"):
         load_vit(tmp_path)
     files.write_tensors(
         weights, {name: t for name, t in state.items() if not name.endswith("0.attention.attention.key.bias")}

@@ -107,12 +107,12 @@ class _Relation(torch.autograd.Function):
 
 
 def _relation(a_t: Tensor, b_t: Tensor, a_s: Tensor, b_s: Tensor, softmax: bool) -> Tensor:
-    for one, other in pairwise((a_t, b_t, a_s, b_s)):
-        if one.shape[:3] != other.shape[:3]:
-            raise InvalidValue(
-                f"relations of {tuple(a_t.shape)} · {tuple(b_t.shape)} (teacher) and {tuple(a_s.shape)} · "
-                f"{tuple(b_s.shape)} (student): equal batches, heads and tokens are expected"
-            )
+    tokens_agree = all(one.shape[:3] == other.shape[:3] for one, other in pairwise((a_t, b_t, a_s, b_s)))
+    if not tokens_agree or a_t.shape != b_t.shape or a_s.shape != b_s.shape:
+        raise InvalidValue(
+            f"relations of {tuple(a_t.shape)} · {tuple(b_t.shape)} (teacher) and {tuple(a_s.shape)} · "
+            f"{tuple(b_s.shape)} (student): equal batches, heads and tokens are expected"
+        )
     with torch.autocast(a_s.device.type, enabled=False):  # half precision would not do for scores and their logarithms
         wide = [_wide(tensor) for tensor in (a_t.detach(), b_t.detach(), a_s, b_s)]
         return _Relation.apply(*wide, softmax)
@@ -124,9 +124,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def relation_kl(
     a_t: Float[Tensor, "b m n d_t"],
-    b_t: Float[Tensor, "b m n d_t"],
-    a_s: Float[Tensor, "b m n d_s"],
-    b_s: Float[Tensor, "b m n d_s"],
+    b_t: Float[Tensor, "..."],
+    a_s: Float[Tensor, "..."],
+    b_s: Float[Tensor, "..."],
 ) -> Float[Tensor, ""]:
     """KL(R_t ‖ R_s) with R = softmax(A Bᵀ / √d): how the student's relations differ (section 3 of the paper).
 
@@ -145,9 +145,9 @@ def relation_kl(
 
 def relation_smooth_l1(
     a_t: Float[Tensor, "b m n d_t"],
-    b_t: Float[Tensor, "b m n d_t"],
-    a_s: Float[Tensor, "b m n d_s"],
-    b_s: Float[Tensor, "b m n d_s"],
+    b_t: Float[Tensor, "..."],
+    a_s: Float[Tensor, "..."],
+    b_s: Float[Tensor, "..."],
 ) -> Float[Tensor, ""]:
     """Smooth-L1 (β = 2) between scaled scores A Bᵀ / √d without soft-max, averaged over all entries.
 
@@ -158,7 +158,7 @@ def relation_smooth_l1(
 
 
 def feature_smooth_l1(
-    teacher: Float[Tensor, "b n dim"], student: Float[Tensor, "b n dim"], beta: float = BETA
+    teacher: Float[Tensor, "b n dim"], student: Float[Tensor, "..."], beta: float = BETA
 ) -> Float[Tensor, ""]:
     """Smooth-L1 between the student's projected features and the teacher's behind a layer norm without gain and bias.
 
@@ -177,7 +177,7 @@ def feature_smooth_l1(
     return nn.functional.smooth_l1_loss(student, layer_norm(teacher, teacher.shape[-1:], eps=EPS), beta=beta)
 
 
-def cls_kl(teacher: Float[Tensor, "b dim"], student: Float[Tensor, "b dim"]) -> Float[Tensor, ""]:
+def cls_kl(teacher: Float[Tensor, "b dim"], student: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     """KL(softmax(teacher) ‖ softmax(student)) over the features of class tokens, in nats, averaged over the batch.
 
     The paper writes a divergence of the features themselves, which are no distributions: the soft-max over features is
