@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from relation_cases import LEARNING, task_of
+from relation_cases import LEARNING, TEACHING, task_of
 
 import sparing
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue
@@ -215,3 +215,14 @@ def test_fine_tuning_sees_only_the_labels_it_is_given(tmp_path: Path) -> None:
     assert not np.array_equal(again.train.rows, after.train.rows)
     drop = FineTune(epochs=1, lr=0.01, drop_path=0.4).prepare(job)[0]
     assert [block.drop_path.rate for block in drop.blocks] == [0.0, 0.4]
+
+
+def test_half_precision_and_several_batches_in_a_step(tmp_path: Path) -> None:
+    job = begin(task_of(), TEACHING, store=tmp_path)
+    more = {"precision": "bf16-mixed", "accumulate": 2, "accelerator": "cpu"}
+    taught = Pretrain(**SMALL, **more).apply(job)
+    assert job.notes.figures["optimizer steps"].value == 2  # two epochs of two batches
+    step = sparing.DistilRelations(model=LEARNING, epochs=2, batch_size=12, lr=0.01, **more)
+    student = step.apply(taught.replace(store=job.store.child("student")))
+    tuned = FineTune(epochs=1, batch_size=12, lr=0.01, **more).apply(student.replace(store=job.store.child("tuned")))
+    assert all(bool(tensor.isfinite().all()) for tensor in tuned.model.state_dict().values())

@@ -245,17 +245,21 @@ def variants(
             "teacher_ffn_feature_nores": block_feature(taught, h_t, "ffn"),
         }
         for name, value in made.items():
-            close(value, arrays[f"variant.{name}"], name)
-            compared.add(f"variant.{name}")
+            if f"variant.{name}" in arrays:
+                close(value, arrays[f"variant.{name}"], name)
+                compared.add(f"variant.{name}")
+        if "variant.feature_proj_weight" not in arrays:
+            return compared
         projected = made["block_feature_student"] @ torch.from_numpy(arrays["variant.feature_proj_weight"]).T
         taken = made["block_feature_teacher"]
         for name, value, objective in (
             ("feature_smoothl1_beta2", feature_smooth_l1(taken, projected), Objective("features")),
             ("cls_kl_softmax", cls_kl(taken[:, 0], projected[:, 0]), Objective("cls_token")),
         ):
-            close(value, arrays[f"variant.{name}"], name, 1e-5, 0)
-            close(trained(objective), arrays[f"variant.{name}"], name, 1e-5, 0)
-            compared.add(f"variant.{name}")
+            if f"variant.{name}" in arrays:
+                close(value, arrays[f"variant.{name}"], name, 1e-5, 0)
+                close(trained(objective), arrays[f"variant.{name}"], name, 1e-5, 0)
+                compared.add(f"variant.{name}")
     return compared | {"variant.feature_proj_weight"}
 
 

@@ -170,7 +170,7 @@ class FineTune(Train):
     """Attention heads of every block of the deployed model; None: as the model's ``heads`` say."""
     labels_per_class: int | None = Field(default=None, ge=1)
     """Train on so many labelled images of each class, drawn at random; also the steps behind see no more. None: all."""
-    labels_seed: int | None = Field(default=None, ge=0, lt=2**32)
+    labels_seed: int | None = Field(default=None, ge=0)
     """Decides which; None: the run's seed."""
     mixup: float = Field(default=0.0, ge=0)
     """α of mix-up; 0 switches it off. 0.8 was published."""

@@ -162,7 +162,7 @@ def feature_smooth_l1(
 ) -> Float[Tensor, ""]:
     """Smooth-L1 between the student's projected features and the teacher's behind a layer norm without gain and bias.
 
-    ½ e²/β where the difference e is at most β, |e| − ½ β elsewhere; averaged over all entries (section 3).
+    With the absolute difference e of an entry: ½ e²/β where e ≤ β, e − ½ β elsewhere; averaged over all entries.
 
     Args:
         teacher: (B, N, D); normalised here; no gradient flows into it.
@@ -218,6 +218,8 @@ class Objective:
     """Share of the patches that is removed from a masked input."""
     reconstruction: bool = False
     """Let the student fill in the removed patches as well, with a decoder of its own; its loss is added."""
+    norm_pix_loss: bool = True
+    """Let it fill in patches of mean 0 and variance 1 instead of pixels as they are."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -404,7 +406,8 @@ class RelationStudent(nn.Module):
             assert restore is not None
             assert mask is not None
             pred = self.encoder.decode(self.encoder.norm(last(x_s)), restore)
-            loss = loss + mae_loss(patchify(images, self.encoder.config.patch_size), pred, mask)
+            patches = patchify(images, self.encoder.config.patch_size)
+            loss = loss + mae_loss(patches, pred, mask, self.objective.norm_pix_loss)
         return loss
 
     def compare(
@@ -519,7 +522,14 @@ class DistilRelations(Pretrain):
     def objective(self) -> Objective:
         """What is compared."""
         return Objective(
-            self.target, self.relations, self.softmax, self.feature, self.input, self.mask_ratio, self.reconstruction
+            self.target,
+            self.relations,
+            self.softmax,
+            self.feature,
+            self.input,
+            self.mask_ratio,
+            self.reconstruction,
+            self.norm_pix_loss,
         )
 
     def check(self, task: Task) -> None:
@@ -569,9 +579,9 @@ class DistilRelations(Pretrain):
         moments = IMAGENET if self.teacher_normalisation == "imagenet" else (None, None)
         data = PairedImages(images, self.crops(side), second, *moments)
         self.learn(job, learner, data, OwnLoss(job.task, loss))
-        taught = build_model(name, job.task, **own | {"last_heads": config.last_heads})
+        with isolated_rng("model", job.seed):  # again, with its last block's heads: the head begins as the student's
+            taught = build_model(name, job.task, **own | {"last_heads": config.last_heads})
         assert isinstance(taught, MAEViT)
-        taught.load_state_dict(student.state_dict())
         taught.take_over(learner.encoder)
         what = {"relations": " + ".join(self.relations), "features": self.feature, "cls_token": "class token"}[
             self.target

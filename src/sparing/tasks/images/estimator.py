@@ -179,7 +179,10 @@ class EMOClassifier(ImageClassifier):
 
 def applied(step: Step, job: Job) -> Job:
     """The job after a step, whose results are kept apart from those of the same step with other fields."""
-    return step.apply(job.replace(store=job.store.child("step", step)))
+    from sparing.core.randomness import isolated_rng
+
+    with isolated_rng("step", job.seed, step.id):
+        return step.apply(job.replace(store=job.store.child("step", step)))
 
 
 def images_of(X: Any) -> np.ndarray:

@@ -182,6 +182,7 @@ class TinyMIMDistiller(_Stage):
         student_heads: heads of the student's last block; "auto": the teacher's.
         input: "raw" or "masked".
         reconstruction: let the student fill in removed patches too.
+        norm_pix_loss: as patches of mean 0 and variance 1.
         student_drop_path: rate of stochastic depth of every block but the last.
         teacher_drop_path: the teacher's rate: an ablation.
         teacher_normalisation: "data", or "imagenet" for public weights.
@@ -222,6 +223,7 @@ class TinyMIMDistiller(_Stage):
         student_heads: int | Literal["auto"] = "auto",
         input: Literal["raw", "masked"] = "raw",
         reconstruction: bool = False,
+        norm_pix_loss: bool = True,
         student_drop_path: float = 0.1,
         teacher_drop_path: float = 0.0,
         teacher_normalisation: Literal["data", "imagenet"] = "data",
@@ -253,6 +255,7 @@ class TinyMIMDistiller(_Stage):
         self.student_heads = student_heads
         self.input = input
         self.reconstruction = reconstruction
+        self.norm_pix_loss = norm_pix_loss
         self.student_drop_path = student_drop_path
         self.teacher_drop_path = teacher_drop_path
         self.teacher_normalisation = teacher_normalisation
