@@ -41,7 +41,7 @@ SEEDS = (0, 1) if TINY else (0, 1, 2)
 """Of fine-tuning: labels, order, head. Arms are paired by them."""
 STAGE_SEEDS = (0,) if TINY else (0, 1)
 """Of what comes before it, teachers included; figures of one seed of fine-tuning are means over these."""
-LABELS = (10, 40, None)
+LABELS = (10, 40) if TINY else (10, 40, None)
 """Labelled images of each class; None: all."""
 DECAYS = (0.65, 1.0)
 """Layer-wise decay of fine-tuning: each arm has the better of them on the validation images."""
@@ -49,6 +49,8 @@ TEACHER = {"patch_size": 8, "dim": 128, "depth": 6, "heads": 4}
 STUDENT = {"patch_size": 8, "dim": 64, "depth": 4, "heads": 2}
 DECODER = {"decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
 STAGE = {"batch_size": 64, "lr": 1e-3, "scale": (0.75, 1.0), "flip": 0.5, "accelerator": "cpu"}
+PROBE = 1 if TINY else 2
+"""Epochs of the student's own masked pre-training that tell how long one takes."""
 EPOCHS = {"teacher": 150, "distillation": 60, 10: 60, 40: 40, None: 40}
 SETTINGS = {
     "teacher": TEACHER,
@@ -119,8 +121,8 @@ class Bench:
         A first, short one says what an epoch takes; the number of epochs follows from it, rounded up.
         """
         budget = self.distilled("relations, block 4", target_block=4).cpu_s
-        probe = self.run("own MAE, probe", self.job(STUDENT), Pretrain(epochs=2, **STAGE, **DECODER))
-        count = max(2, -int(-budget * probe.epochs // max(probe.cpu_s, 1e-9)))
+        probe = self.run("own MAE, probe", self.job(STUDENT), Pretrain(epochs=PROBE, **STAGE, **DECODER))
+        count = max(1, -int(-budget * probe.epochs // max(probe.cpu_s, 1e-9)))
         step = Pretrain(epochs=count, warmup_epochs=min(5.0, count / 4), **STAGE, **DECODER)
         return self.run("own MAE", self.job(STUDENT), step)
 
@@ -169,7 +171,7 @@ class Bench:
 
 def epochs(stage: Any) -> int:
     """Epochs of a stage."""
-    return 2 if TINY else EPOCHS[stage]
+    return 1 if TINY else EPOCHS[stage]
 
 
 def warmup(stage: Any) -> float:
