@@ -87,7 +87,7 @@ class ViTConfig:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> ViTConfig:
-        """The config of a preset, with ``changes``. TinyMIM taught "vit_tiny" with 6 heads, and fine-tuned it with 3."""
+        """The config of a preset, with ``changes``. TinyMIM-T was taught with 6 heads, and fine-tuned with 3."""
         if name not in cls.PRESETS:
             raise InvalidValue(f"vit: {name!r}.{did_you_mean(name, cls.PRESETS)} Presets: {', '.join(cls.PRESETS)}")
         dim, depth, heads = cls.PRESETS[name]
