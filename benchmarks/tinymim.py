@@ -11,6 +11,7 @@ was; it is made anew when any code of Sparing changes.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -49,8 +50,8 @@ TEACHER = {"patch_size": 8, "dim": 128, "depth": 6, "heads": 4}
 STUDENT = {"patch_size": 8, "dim": 64, "depth": 4, "heads": 2}
 DECODER = {"decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
 STAGE = {"batch_size": 64, "lr": 1e-3, "scale": (0.75, 1.0), "flip": 0.5, "accelerator": "cpu"}
-PROBE = 1 if TINY else 2
-"""Epochs of the student's own masked pre-training that tell how long one takes."""
+PROBES = (1, 2) if TINY else (1, 6)
+"""Epochs of two short trainings of the student's own, whose difference tells how long an epoch takes."""
 EPOCHS = {"teacher": 150, "distillation": 60, 10: 60, 40: 40, None: 40}
 SETTINGS = {
     "teacher": TEACHER,
@@ -118,13 +119,18 @@ class Bench:
     def own_mae(self) -> Stage:
         """The student's own masked pre-training, for as many CPU seconds as relations from block 4 took.
 
-        A first, short one says what an epoch takes; the number of epochs follows from it, rounded up.
+        How many epochs these are follows from two short trainings, rounded up.
         """
         budget = self.distilled("relations, block 4", target_block=4).cpu_s
-        probe = self.run("own MAE, probe", self.job(STUDENT), Pretrain(epochs=PROBE, **STAGE, **DECODER))
-        count = max(1, -int(-budget * probe.epochs // max(probe.cpu_s, 1e-9)))
-        step = Pretrain(epochs=count, warmup_epochs=min(5.0, count / 4), **STAGE, **DECODER)
-        return self.run("own MAE", self.job(STUDENT), step)
+
+        def stage(name: str, count: int) -> Stage:
+            step = Pretrain(epochs=count, warmup_epochs=min(5.0, count / 4), **STAGE, **DECODER)
+            return self.run(name, self.job(STUDENT), step)
+
+        short, longer = (stage(f"own MAE, {count} epochs", count) for count in PROBES)
+        each = max(longer.cpu_s - short.cpu_s, longer.cpu_s / 5) / (PROBES[1] - PROBES[0])  # clocks err
+        start = short.cpu_s - PROBES[0] * each
+        return stage("own MAE", max(1, math.ceil((budget - start) / each)))
 
     def arms(self) -> dict[str, Callable[[], Stage]]:
         """Name → its stage without labels."""

@@ -316,11 +316,12 @@ class RelationStudent(nn.Module):
         decoder_dim: width of the decoder for ``reconstruction``.
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
-
-    Attributes:
-        encoder: a :class:`~sparing.models.mae.ViTEncoder`, or its :class:`~sparing.models.mae.MAE` to reconstruct.
-        projection: the linear layer to the teacher's width, or None for relations.
     """
+
+    encoder: ViTEncoder
+    """The student: an encoder, or a whole :class:`~sparing.models.mae.MAE` for ``reconstruction``."""
+    projection: nn.Linear | None
+    """The linear layer to the teacher's width; None for relations."""
 
     def __init__(
         self,
@@ -349,13 +350,12 @@ class RelationStudent(nn.Module):
                 "last_heads by student_config"
             )
         rates = flat_rates(drop_path, config.depth)
-        self.encoder: ViTEncoder
         if self.objective.reconstruction:
             decoder = (decoder_dim, decoder_depth, decoder_heads)
             self.encoder = MAE(config, *decoder, mask_ratio=self.objective.mask_ratio, drop_path=rates)
         else:
             self.encoder = ViTEncoder(config, rates)
-        self.projection: nn.Linear | None = None
+        self.projection = None
         if self.objective.target != "relations":
             wide = 3 if (self.objective.target, self.objective.feature) == ("features", "qkv") else 1
             self.projection = nn.Linear(wide * config.dim, wide * teacher.dim)

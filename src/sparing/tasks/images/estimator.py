@@ -26,19 +26,24 @@ if TYPE_CHECKING:
 
 
 class ImageClassifier(ClassifierMixin, BaseEstimator, ABC):
-    """What classifiers of images in memory have in common: a subclass says which model, and by which steps.
-
-    Attributes:
-        classes_: the labels seen in ``fit``, sorted.
-        predictor_: the trained predictor: ``save`` it, or quantise it in a recipe.
-        curves_: name → [(optimizer steps, value)] of loss, learning rate and validation figures.
-        seconds_: wall seconds of the training.
-        cpu_seconds_: CPU seconds of the training.
-    """
+    """What classifiers of images in memory have in common: a subclass says which model, and by which steps."""
 
     seed: int
+    """Decides weights, order and augmentation."""
     store: Path | str | None
+    """Where unfinished and finished work is kept; the user's cache folder by default."""
     val_share: float | None
+    """Share of each class held out to watch the training; None: all images train."""
+    classes_: np.ndarray
+    """The labels seen in ``fit``, sorted."""
+    predictor_: Predictor
+    """The trained predictor: ``save`` it, or quantise it in a recipe."""
+    curves_: dict[str, Any]
+    """Name → [(optimizer steps, value)] of loss, learning rate and validation figures."""
+    seconds_: float
+    """Wall seconds of the training."""
+    cpu_seconds_: float
+    """CPU seconds of the training."""
 
     @abstractmethod
     def _model(self, task: ImageClassification) -> Any:
@@ -114,11 +119,6 @@ class EMOClassifier(ImageClassifier):
         seed: decides weights, order and augmentation.
         fields: further fields of the model, e.g. {"window_sizes": (8, 8, 8, 4)}.
         store: where unfinished and finished work is kept; the user's cache folder by default.
-
-    Attributes:
-        classes_: the labels seen in ``fit``, sorted.
-        predictor_: the trained predictor: ``save`` it, or quantise it in a recipe.
-        curves_: name → [(optimizer steps, value)] of loss, learning rate and validation figures.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -63,8 +63,15 @@ class _Stage(BaseEstimator):
     """What the stages without labels have in common."""
 
     seed: int
+    """Decides weights, order and augmentation."""
     store: Path | str | None
-    stage = "pre-training"
+    """Where unfinished and finished work is kept; the user's cache folder by default."""
+    stage: ClassVar[str] = "pre-training"
+    """What a report calls it."""
+    model_: MAEViT
+    """The network, whose head has learnt nothing, with the head numbers it was taught with."""
+    curves_: dict[str, Any]
+    """Name → [(optimizer steps, value)] of loss and learning rate."""
 
     def _run(self, task: ImageClassification, model: Any, step: Pretrain) -> Self:
         from sparing.core.pipeline import begin
@@ -85,7 +92,7 @@ class _Stage(BaseEstimator):
 
     def _fitted(self) -> MAEViT:
         if not hasattr(self, "model_"):
-            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(images) first")
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit(X) first")
         return self.model_
 
 
@@ -113,10 +120,6 @@ class MAEPretrainer(_Stage):
         accelerator: cpu, gpu …
         seed: decides weights, order, crops and masks.
         store: where unfinished and finished work is kept; the user's cache folder by default.
-
-    Attributes:
-        model_: the network, a :class:`MAEViT` whose head has learnt nothing.
-        curves_: name → [(optimizer steps, value)].
     """
 
     def __init__(
@@ -159,9 +162,9 @@ class MAEPretrainer(_Stage):
         self.seed = seed
         self.store = store
 
-    def fit(self, images: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3); ``y`` is not looked at."""
-        task = _Unlabelled(images_of(images))
+        task = _Unlabelled(images_of(X))
         fields = {name: value for name, value in self.get_params().items() if name not in ("encoder", "seed", "store")}
         return self._run(task, _model_fields(self.encoder, task), Pretrain(**fields))
 
@@ -203,13 +206,9 @@ class TinyMIMDistiller(_Stage):
         accelerator: cpu, gpu …
         seed: decides weights, order, crops and colours.
         store: where unfinished and finished work is kept; the user's cache folder by default.
-
-    Attributes:
-        model_: the student, a :class:`MAEViT` whose head has learnt nothing, with the head numbers it was taught with.
-        curves_: name → [(optimizer steps, value)].
     """
 
-    stage = "distillation"
+    stage: ClassVar[str] = "distillation"
 
     def __init__(
         self,
@@ -277,9 +276,9 @@ class TinyMIMDistiller(_Stage):
         self.seed = seed
         self.store = store
 
-    def fit(self, images: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3); ``y`` is not looked at."""
-        task = _Unlabelled(images_of(images))
+        task = _Unlabelled(images_of(X))
         skipped = ("teacher", "student", "student_drop_path", "seed", "store")
         fields = {name: value for name, value in self.get_params(deep=False).items() if name not in skipped}
         fields |= {"relations": tuple(self.relations), "drop_path": self.student_drop_path}
@@ -298,11 +297,12 @@ class SequentialDistiller(BaseEstimator):
         students: sizes, the largest first.
         target_block: the first teacher's block (from 1); None: as of :class:`TinyMIMDistiller`.
         settings: further arguments of each :class:`TinyMIMDistiller`.
-
-    Attributes:
-        stages_: the fitted :class:`TinyMIMDistiller` of each student.
-        model_: the last student.
     """
+
+    stages_: list[TinyMIMDistiller]
+    """The fitted distiller of each student."""
+    model_: MAEViT
+    """The last student."""
 
     def __init__(
         self,
@@ -316,15 +316,15 @@ class SequentialDistiller(BaseEstimator):
         self.target_block = target_block
         self.settings = settings
 
-    def fit(self, images: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Train all students, one after the other, on uint8 images (n, H, W) or (n, H, W, 1 or 3)."""
         if not len(self.students):
             raise InvalidValue("SequentialDistiller: students is empty; at least one is expected")
         teacher: Any = teacher_of(self.teacher)
         block = default_block(teacher.config) if self.target_block is None else self.target_block
-        self.stages_: list[TinyMIMDistiller] = []
+        self.stages_ = []
         for student in self.students:
-            stage = TinyMIMDistiller(teacher, student, target_block=block, **(self.settings or {})).fit(images)
+            stage = TinyMIMDistiller(teacher, student, target_block=block, **(self.settings or {})).fit(X)
             self.stages_.append(stage)
             teacher, block = stage.model_, stage.model_.config.depth
         self.model_ = self.stages_[-1].model_
@@ -333,7 +333,7 @@ class SequentialDistiller(BaseEstimator):
     def report(self) -> list[StageReport]:
         """Those of the stages."""
         if not hasattr(self, "stages_"):
-            raise NotFittedError("this SequentialDistiller is not fitted yet: call fit(images) first")
+            raise NotFittedError("this SequentialDistiller is not fitted yet: call fit(X) first")
         return [stage.report() for stage in self.stages_]
 
 
@@ -364,11 +364,6 @@ class ViTFineTuner(ImageClassifier):
         accelerator: cpu, gpu …
         seed: decides the head's weights, order and augmentation.
         store: where unfinished and finished work is kept; the user's cache folder by default.
-
-    Attributes:
-        classes_: the labels seen in ``fit``, sorted.
-        predictor_: the trained predictor: ``save`` it, or quantise it in a recipe.
-        curves_: name → [(optimizer steps, value)].
     """
 
     def __init__(
