@@ -184,7 +184,6 @@ STEPS = {
     ),
     "pretrain": StepCase(
         sparing.Pretrain(epochs=2, **DECODER, batch_size=16, lr=0.01, checkpoint_every_batches=1),
-        after=(sparing.FineTune(id="last", epochs=1, batch_size=16, lr=0.01),),
         task=unlabelled_photographs,
         nothing="training moves the weights",
     ),
@@ -196,7 +195,6 @@ STEPS = {
             lr=0.01,
             checkpoint_every_batches=1,
         ),
-        after=(sparing.FineTune(id="last", epochs=1, batch_size=16, lr=0.01),),
         task=unlabelled_photographs,
         nothing="training moves the weights",
     ),

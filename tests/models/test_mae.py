@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparing
+from bounds import MEBIBYTES, SECONDS, watched
 from sparing.core.errors import CorruptFile, DataError, InvalidValue
 from sparing.core.predictor import ModulePredictor, build_model, to_onnx
 from sparing.models.mae import (
@@ -245,6 +246,19 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({**said, "trunk": {**said["trunk"], "depth": 2}, "heads_of": [2, 2]}))
     with pytest.raises(DataError, match=r"blocks\.2.* is not understood"):
         load_vit(tmp_path / "vit")
+    bombs = [
+        ("dim", 10**9),
+        ("depth", 10**9),
+        ("image_size", 4 * 10**6),
+        ("image_size", 10**12 + 1),
+        ("mlp_ratio", 1e9),
+    ]
+    for name, size in bombs:
+        config.write_text(json.dumps({**said, "trunk": {**said["trunk"], name: size}}))
+        ended = watched(lambda: load_vit(tmp_path / "vit"))
+        assert ended.deliberate, ended.raised
+        assert ended.seconds < SECONDS, name
+        assert ended.mebibytes < MEBIBYTES, name
     config.write_text(json.dumps({**said, "model_type": "bert"}))
     with pytest.raises(InvalidValue, match="model_type = 'bert'"):
         load_vit(tmp_path / "vit")
@@ -324,14 +338,17 @@ def test_public_weights_that_do_not_fit_are_refused(transformers: Any, tmp_path:
     files.write_tensors(weights, {**state, "something.else": torch.zeros(2)})
     with pytest.raises(DataError, match=r"'something\.else' is not understood"):
         load_vit(tmp_path)
-    files.write_tensors(weights, {name: tensor for name, tensor in state.items() if "norm" not in name})
+    files.write_tensors(
+        weights, {name: tensor for name, tensor in state.items() if not name.endswith("0.layernorm_before.bias")}
+    )
     with pytest.raises(DataError, match=r"norm1.* is missing"):
         load_vit(tmp_path)
     files.write_tensors(
         weights, {name: t for name, t in state.items() if not name.endswith("0.attention.attention.key.bias")}
     )
-    with pytest.raises(DataError, match=r"attn\.k\.bias is missing"):
+    with pytest.raises(DataError, match=r"attn\.k\.bias is missing beside"):
         load_vit(tmp_path)
+    files.write_tensors(weights, state)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, words in (({"hidden_act": "relu"}, "relu"), ({"qkv_bias": False}, "qkv_bias = False")):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))

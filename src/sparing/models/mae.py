@@ -66,7 +66,7 @@ class ViTConfig:
         whole("vit", image_size=self.image_size, patch_size=self.patch_size, dim=self.dim, depth=self.depth)
         whole("vit", heads=self.heads, in_channels=self.in_channels)
         if self.image_size % self.patch_size:
-            fits = [size for size in range(2, self.image_size + 1) if self.image_size % size == 0]
+            fits = [size for size in range(2, min(self.image_size, 1024) + 1) if self.image_size % size == 0]
             raise InvalidValue(
                 f"vit: patch_size = {self.patch_size} does not divide image_size = {self.image_size}; "
                 f"{', '.join(map(str, fits)) or '1'} would"
@@ -507,6 +507,8 @@ class MAEViT(ViTTrunk):
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KIND = "sparing_vit"
+BLOCK = 12
+"""Tensors of a block."""
 
 
 def save_vit(model: ViTTrunk, folder: Path | str) -> None:
@@ -549,34 +551,39 @@ def load_vit(folder: Path | str) -> ViTTrunk:
         raise CorruptFile(f"{folder / CONFIG}: a {type(said).__name__}; a mapping is expected")
     state = files.read_tensors(folder / WEIGHTS)
     if said.get("model_type") == KIND:
-        return _filled(_own(said, folder), state, folder)
-    return _filled(_public(said, folder), _renamed(state, folder), folder)
+        return _filled(_own(said, state, folder), state, folder)
+    state = _renamed(state, folder)
+    return _filled(_public(said, state, folder), state, folder)
 
 
 def vit_from_transformers(model: Any) -> ViTEncoder:
     """The same of a live ``transformers`` ViTModel, ViTForImageClassification, ViTMAEModel or ViTMAEForPreTraining."""
     name = type(model).__name__
     said = {**model.config.to_dict(), "architectures": [name]}
-    return _filled(_public(said, name), _renamed(dict(model.state_dict()), name), name)
+    state = _renamed(dict(model.state_dict()), name)
+    return _filled(_public(said, state, name), state, name)
 
 
-def _own(said: Mapping[str, Any], folder: Path) -> ViTTrunk:
+def _own(said: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> ViTTrunk:
     known = {field.name for field in fields(ViTConfig)}
     trunk, decoder, classes = (said.get(name) for name in ("trunk", "decoder", "num_classes"))
     if not isinstance(trunk, dict) or set(trunk) != known or not isinstance(decoder, dict | None):
         raise CorruptFile(f"{folder / CONFIG} does not hold the sizes {', '.join(sorted(known))}")
     try:
         config = ViTConfig(**trunk)
+        sizes = {} if decoder is None else {name: decoder[name] for name in ("decoder_dim", "decoder_depth")}
+        _compare(config, state, folder, **sizes)
         if said.get("heads_of") != list(config.heads_of):
             raise InvalidValue(f"heads_of = {said.get('heads_of')}; {list(config.heads_of)} follow from the sizes")
         if classes is not None:
+            _shaped(state, "head.weight", (classes, config.dim), folder)
             return build_model("mae_vit", num_classes=classes, **trunk)  # type: ignore[return-value]
         return ViTEncoder(config) if decoder is None else MAE(config, **decoder)
-    except (InvalidValue, TypeError) as error:
+    except (InvalidValue, TypeError, KeyError) as error:
         raise CorruptFile(f"{folder / CONFIG}: {error}") from error
 
 
-def _public(said: Mapping[str, Any], where: Path | str) -> ViTEncoder:
+def _public(said: Mapping[str, Any], state: Mapping[str, Tensor], where: Path | str) -> ViTEncoder:
     """An empty network of the sizes of a transformers config."""
     kind = said.get("model_type")
     if kind not in ("vit", "vit_mae"):
@@ -598,16 +605,42 @@ def _public(said: Mapping[str, Any], where: Path | str) -> ViTEncoder:
             mlp_ratio=ratio,
             in_channels=get("num_channels"),
         )
-        if not any("ForPreTraining" in str(name) for name in said.get("architectures") or ()):
+        pretraining = any("ForPreTraining" in str(name) for name in said.get("architectures") or ())
+        names = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+        decoder = tuple(get(name) for name in names) if pretraining else (0, 0, 0)
+        _compare(config, state, where, *decoder[:2])
+        if not pretraining:
             return ViTEncoder(config)
         if (own := get("decoder_intermediate_size") / get("decoder_hidden_size")) != ratio:
             raise InvalidValue(
                 f"{where}: its decoder has {own:g} hidden units for one of its width, its encoder {ratio:g}"
             )
-        decoder = (get("decoder_hidden_size"), get("decoder_num_hidden_layers"), get("decoder_num_attention_heads"))
-        return MAE(config, *decoder, mask_ratio=get("mask_ratio"))
+        return MAE(config, decoder[0], decoder[1], decoder[2], mask_ratio=get("mask_ratio"))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise DataError(f"{where}: {CONFIG} lacks {error}, or gives it as no number") from error
+
+
+def _compare(
+    config: ViTConfig, state: Mapping[str, Tensor], where: Path | str, decoder_dim: int = 0, decoder_depth: int = 0
+) -> None:
+    """Raise :class:`DataError` unless weights are of these sizes, before anything of these sizes is made."""
+    least = BLOCK * (config.depth + decoder_depth)
+    if len(state) < least:
+        raise DataError(f"{where}: {len(state)} tensors; {config.depth} + {decoder_depth} blocks have {least}")
+    _shaped(state, "cls_token", (1, 1, config.dim), where)
+    _shaped(state, "pos_embed", (1, config.grid**2 + 1, config.dim), where)
+    _shaped(state, "patch_embed.proj.weight", (config.dim, config.in_channels, *(config.patch_size,) * 2), where)
+    hidden = int(config.dim * config.mlp_ratio)
+    _shaped(state, "blocks.0.mlp.fc1.weight", (hidden, config.dim), where)
+    if decoder_depth:
+        _shaped(state, "mask_token", (1, 1, decoder_dim), where)
+
+
+def _shaped(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], where: Path | str) -> None:
+    if name not in state:
+        raise DataError(f"{where}: the tensor {name!r} is missing")
+    if state[name].shape != shape:
+        raise DataError(f"{where}: the tensor {name!r} is {tuple(state[name].shape)}; {shape} is expected")
 
 
 _PLACES = (
@@ -665,11 +698,8 @@ def _filled(encoder: Network, state: Mapping[str, Tensor], where: Path | str) ->
         *((name, "is missing") for name in own if name not in state),
     ):
         raise DataError(f"{where}: the tensor {name!r} {what}; those of a {type(encoder).__name__} are expected")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise DataError(
-                f"{where}: the tensor {name!r} is {tuple(tensor.shape)}; {tuple(own[name].shape)} is expected"
-            )
+    for name in state:
+        _shaped(state, name, tuple(own[name].shape), where)
     # a public net that was never trained has only zeros for positions, and could tell no patch from another
     blank = {name for name, tensor in state.items() if name.endswith("pos_embed") and not bool(tensor.any())}
     encoder.load_state_dict({**state, **{name: own[name] for name in blank}})
