@@ -481,7 +481,7 @@ class PairedImages(AugmentedImages):
         super().__init__(images, operations)
         if (mean is None) != (std is None):
             raise InvalidValue(f"PairedImages: mean = {mean}, std = {std}; both or neither are expected")
-        self.second = tuple(second)
+        self.second, self.moments = tuple(second), (mean, std)
         self.first_floats = self._stages[1]
         if mean is not None and std is not None:
             kept = tuple(operation for operation in self._stages[1] if not isinstance(operation, Normalise))
@@ -505,6 +505,15 @@ class PairedImages(AugmentedImages):
 
         first, second = self.batch(indices)
         return list(zip(torch.from_numpy(first).unbind(0), torch.from_numpy(second).unbind(0), strict=True))
+
+    def _derive(self, rows: np.ndarray | None = None, corrupt: Any = None) -> LabelledImages:
+        return PairedImages(self.plain._derive(rows, corrupt), self.augmentations, self.second, *self.moments)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        settings = [[type(operation).__name__, asdict(operation)] for operation in self.second]  # type: ignore[call-overload]
+        own = canonical_json([settings, self.moments])
+        return hashlib.sha256(f"{super()._fingerprint}\n{own}".encode()).hexdigest()
 
 
 @step("augment")

@@ -54,7 +54,10 @@ class ImageClassifier(ClassifierMixin, BaseEstimator, ABC):
         """What is done to it; the last step trains."""
 
     def fit(self, X: Any, y: Sequence[Any] | np.ndarray) -> Self:
-        """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3), n ≥ 20, with a label each of at least two classes."""
+        """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3) with a label each of at least two classes.
+
+        Where some are held out, there must be enough of each class: 20 will do for two.
+        """
         from sparing.core.pipeline import begin
 
         images, labels = images_of(X), np.asarray(y)
