@@ -177,6 +177,39 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.train.max_steps=1",
         "steps.train.workers=0",
     ),
+    "labels_few": (
+        "steps.teacher.max_steps=1",
+        "steps.student.max_steps=1",
+        "steps.tuned.max_steps=2",
+        "steps.int8.max_loss=1",
+        "steps.int8.samples=16",
+    ),
+    "tinymim": (
+        "steps.teacher.max_steps=1",
+        "steps.middle.max_steps=1",
+        "steps.small.max_steps=1",
+        "steps.tuned.max_steps=2",
+        "steps.scratch.max_steps=2",
+    ),
+    "full/tinymim": (
+        "model.dim=32",
+        "model.depth=4",
+        "model.heads=4",
+        "steps.teacher.decoder_dim=16",
+        "steps.teacher.decoder_depth=1",
+        "steps.teacher.decoder_heads=2",
+        *(
+            f"steps.{step}.{field}"
+            for step in ("base", "small", "tiny")
+            for field in ("model.dim=16", "model.depth=1", "model.heads=2")
+        ),
+        "steps.tuned.heads=2",
+        *(
+            f"steps.{step}.{field}"
+            for step in ("teacher", "base", "small", "tiny", "tuned")
+            for field in ("max_steps=1", "precision=32-true", "devices=1", "workers=0", "batch_size=8")
+        ),
+    ),
     "wn_rpgd": (
         "model.widths=[8]",
         "steps.sgd.epochs=1",

@@ -181,6 +181,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.compression.zero_rows:DropZeroRows",
             "Drop the embedding rows of exact zeros of a click-through model: the same answers from fewer bytes.",
         ),
+        "distil_relations": Part(
+            "sparing.distillation.relations:DistilRelations",
+            'Pre-train a small "mae_vit" on images without labels, by how a pre-trained teacher relates their parts.',
+        ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
             "Keep a moving average of the weights through the next training, score it beside them, and hand it on.",
@@ -193,6 +197,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.optimization.ftrl:GroupFtrl",
             "Train embedding tables with group-lasso FTRL, which zeroes whole rows, and everything else with FTRL.",
         ),
+        "finetune": Part(
+            "sparing.distillation.finetuning:FineTune",
+            'Fine-tune a pre-trained "mae_vit" on labels, perhaps a few; early layers learn more slowly than later '
+            "ones.",
+        ),
         "leap": Part(
             "sparing.optimization.leap:Leap",
             "Multiply each parameter's learning rate in the next training by Gaussian noise of mean 1.",
@@ -200,6 +209,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "predictive_exit": Part(
             "sparing.adaptive.predictive_exit:PredictiveExit",
             "Let easy samples leave early: exits are trained, and forecasts say where a sample will be sure enough.",
+        ),
+        "pretrain": Part(
+            "sparing.distillation.pretraining:Pretrain",
+            'Pre-train a "mae_vit" on images without looking at their labels, as a masked autoencoder.',
         ),
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
@@ -305,6 +318,11 @@ PARTS: dict[str, dict[str, Part]] = {
         "lr": Part(
             "sparing.models.ctr:LogisticRegression",
             "Logistic regression on categorical fields: a weight for each id, and a bias.",
+        ),
+        "mae_vit": Part(
+            "sparing.models.mae:MAEViT",
+            "Vision transformer with a class token, to be pre-trained without labels; classifies by the mean of its "
+            "patches.",
         ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(

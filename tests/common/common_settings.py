@@ -64,6 +64,21 @@ def photographs() -> sparing.Task:
     )
 
 
+def unlabelled_photographs() -> sparing.Task:
+    """The same, for a vision transformer that is to be pre-trained on them."""
+    task = photographs()
+    task.default_model = lambda: build_model("mae_vit", **TRUNK)
+    return task
+
+
+TRUNK = {
+    **{"in_channels": 1, "num_classes": 3, "image_size": 8, "patch_size": 4},
+    **{"dim": 8, "depth": 2, "heads": 2},
+}
+"""Fields of a mae_vit for :func:`unlabelled_photographs`."""
+DECODER = {"decoder_dim": 4, "decoder_depth": 1, "decoder_heads": 1}
+
+
 def small_photos(size: int = 16) -> sparing.Task:
     """Colour images of 16×16 pixels: what networks that halve an image four times can work on."""
     draw = torch.Generator().manual_seed(0)
@@ -267,6 +282,27 @@ STEPS = {
         sparing.BlockScaling(sparsities=(0, 0.5), epochs=3, batch_size=16, lr=0.01, runs=2, max_bytes=2000),
         before=(TRAIN,),
         nothing=StepCase(sparing.BlockScaling(epochs=1), before=(TRAIN,), task=poolings, nothing="is the case"),
+    ),
+    "pretrain": StepCase(
+        sparing.Pretrain(epochs=2, **DECODER, batch_size=16, lr=0.01, checkpoint_every_batches=1),
+        task=unlabelled_photographs,
+        nothing="training moves the weights",
+    ),
+    "distil_relations": StepCase(
+        sparing.DistilRelations(
+            model={"name": "mae_vit", **TRUNK, "dim": 4, "heads": 1},
+            epochs=2,
+            batch_size=16,
+            lr=0.01,
+            checkpoint_every_batches=1,
+        ),
+        task=unlabelled_photographs,
+        nothing="training moves the weights",
+    ),
+    "finetune": StepCase(
+        sparing.FineTune(epochs=2, labels_per_class=4, batch_size=4, lr=0.01, mixup=0.8, checkpoint_every_batches=1),
+        task=unlabelled_photographs,
+        nothing="training moves the weights",
     ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
@@ -531,6 +567,7 @@ MODELS = {
     "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
     "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
+    "mae_vit": ModelCase("mae_vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
     "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),

@@ -28,6 +28,8 @@ NOT_BY_NAME = {
     "Live": "wraps the model in training for its validation",
     "_Published": "is the base of published sets",
     "_InMemory": "is made of the arrays an estimator is fitted on",
+    "OwnLoss": "is another task as a model sees it that computes its own loss",
+    "_Unlabelled": "is made of the arrays an estimator is fitted on",
     "_Recorder": "stands in for another predictor while it is fed",
 }
 """Classes that no recipe and no folder can name, and why."""

@@ -21,7 +21,7 @@ from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEff
 from sparing.core.files import canonical_json
 from sparing.core.step import Stage, Step, step
 from sparing.data.images import LabelledImages
-from sparing.data.preprocessing import Decode
+from sparing.data.preprocessing import Decode, Normalise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -456,6 +456,64 @@ class AugmentedImages(LabelledImages):
     def _fingerprint(self) -> str:
         settings = [[type(operation).__name__, asdict(operation)] for operation in self.augmentations]  # type: ignore[call-overload]
         return hashlib.sha256(f"{self.plain.fingerprint()}\n{canonical_json(settings)}".encode()).hexdigest()
+
+
+class PairedImages(AugmentedImages):
+    """Two views of each image, cut in the same way: map-style dataset of (first, second), float tensors (C, H, W).
+
+    Args:
+        images: whose labels are not looked at.
+        operations: what both views pass through.
+        second: what the second view passes through after that; it must keep the size.
+        mean: mean of each channel in 0…1 by which the first view is normalised in place of the images' own
+            preprocessing, or None.
+        std: standard deviation of each channel in 0…1, with ``mean``.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        operations: Sequence[Augmentation],
+        second: Sequence[Augmentation] = (),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(images, operations)
+        if (mean is None) != (std is None):
+            raise InvalidValue(f"PairedImages: mean = {mean}, std = {std}; both or neither are expected")
+        self.second, self.moments = tuple(second), (mean, std)
+        self.first_floats = self._stages[1]
+        if mean is not None and std is not None:
+            kept = tuple(operation for operation in self._stages[1] if not isinstance(operation, Normalise))
+            self.first_floats = (*kept, Normalise(tuple(mean), tuple(std)))
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(float32 (n, C, H, W), the same) at ``indices``."""
+        first = second = self.pixels(np.asarray(indices, dtype=np.int64))
+        for operation in self.second:
+            second = operation(second)
+        views = []
+        for view, operations in ((first, self.first_floats), (second, self._stages[1])):
+            for function in operations:
+                view = function(view)
+            views.append(view)
+        return views[0], views[1]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """Many pairs at the price of one call; torch's data loader uses it."""
+        import torch
+
+        first, second = self.batch(indices)
+        return list(zip(torch.from_numpy(first).unbind(0), torch.from_numpy(second).unbind(0), strict=True))
+
+    def _derive(self, rows: np.ndarray | None = None, corrupt: Any = None) -> LabelledImages:
+        return PairedImages(self.plain._derive(rows, corrupt), self.augmentations, self.second, *self.moments)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        settings = [[type(operation).__name__, asdict(operation)] for operation in self.second]  # type: ignore[call-overload]
+        own = canonical_json([settings, self.moments])
+        return hashlib.sha256(f"{super()._fingerprint}\n{own}".encode()).hexdigest()
 
 
 @step("augment")
