@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
 from sparing.models.convnet import whole
+from sparing.models.surgery import fill
 
 EPS = 1e-6
 """Of batch norm and layer norm."""
@@ -649,22 +650,7 @@ class EMO(nn.Module):
         A backbone (``features_only``) takes a classifier's: its ``norm.*`` and ``head.*`` are left out. Nothing else
         may be missing or too much. Raises :class:`InvalidValue` that lists every tensor that does not fit.
         """
-        if self.features_only:
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "head."))}
-        own = self.state_dict()
-        wrong = [f"{name}: missing" for name in own if name not in state]
-        wrong += [f"{name}: not of this model" for name in state if name not in own]
-        wrong += [
-            f"{name}: {tuple(state[name].shape)}, here {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if wrong:
-            raise InvalidValue(
-                f"emo: {len(wrong)} tensors of the checkpoint do not fit this model; {'; '.join(wrong)}. "
-                "Build the model with the checkpoint's variant, classes and channels"
-            )
-        self.load_state_dict(dict(state))
+        fill(self, state, "emo", ignored=("norm.", "head.") if self.features_only else ())
 
     def no_weight_decay_names(self) -> list[str]:
         """Parameters that weight decay should leave alone: gains, biases and all others of one dimension."""
