@@ -318,8 +318,8 @@ class SSDLiteDetector(nn.Module):
         """(N, in_channels, image_size, image_size) → logits, offsets and anchors of all levels."""
         if images.ndim != 4 or tuple(images.shape[2:]) != (self.image_size,) * 2:
             raise InvalidValue(
-                f"ssdlite: an input of shape {tuple(images.shape)}; (N, channels, {self.image_size}, {self.image_size}) "
-                "is expected"
+                f"ssdlite: an input of shape {tuple(images.shape)}; (N, channels, {self.image_size}, "
+                f"{self.image_size}) is expected"
             )
         logits, offsets = [], []
         for x, classify, locate in zip(self.levels(images), self.classify, self.locate, strict=True):
