@@ -16,7 +16,8 @@ def runs_of(mask: np.ndarray) -> list[int]:
     """A mask's lengths of runs, columns first, beginning with one without the object."""
     flat = np.concatenate([[0], mask.T.ravel(), [0]]).astype(int)
     edges = np.flatnonzero(np.diff(flat))
-    return np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+    ends = [] if edges[-1:].tolist() == [mask.size] else [mask.size]
+    return np.diff(np.concatenate([[0], edges, ends]).astype(int)).tolist()
 
 
 def scene(number: int, size: int = 32) -> tuple[np.ndarray, list[dict[str, Any]]]:

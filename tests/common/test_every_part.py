@@ -20,6 +20,9 @@ ENTRIES = [(kind, name) for kind in PARTS for name in PARTS[kind]]
 NOT_BY_NAME = {
     "AdjacencyGCN": "takes an adjacency matrix, which no task's batch holds",
     "AdjacencySGC": "takes an adjacency matrix, which no task's batch holds",
+    "Detection": "is the base of detection tasks",
+    "Segmentation": "is the base of segmentation tasks",
+    "AnnotatedImages": "is the base of tasks in COCO's format",
     "CustomTask": "is made of live data sets and functions",
     "ExitTask": "is another task as a network with exits sees it",
     "ImageClassification": "is the base of image tasks",

@@ -46,9 +46,11 @@ A, B = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 90.0, 90.0]
 
 def test_right_boxes_score_one() -> None:
     figures, by_class = coco_scores([truth(A, B)], [answer(A, B)], 1)
-    assert [figures[name] for name in ("ap", "ap50", "ap75", "ar100", "ap_small", "ap_medium")] == [1.0] * 6
+    assert [figures[name] for name in ("ap", "ap50", "ap75", "ar100", "ap_small", "ap_medium")] == pytest.approx(
+        [1.0] * 6
+    )
     assert figures["ap_large"] == -1
-    assert by_class.tolist() == [1.0]
+    assert by_class.tolist() == pytest.approx([1.0])
 
 
 def test_half_of_the_objects_found() -> None:

@@ -240,11 +240,10 @@ class AnnotatedImages(Task):
         return {name: split.corrupted(name, function) for name, function in functions.items()}
 
     def definition(self) -> dict[str, Any]:
-        """What besides the source code decides this task's splits and figures, JSON-able."""
+        """What besides the source code and the files decides this task's splits and figures, JSON-able."""
         return {
             "task": f"{type(self).__module__}.{type(self).__qualname__}",
             "files": self.files,
-            "labels": list(self.labels),
             "size": self.image_size,
             "merge": self.merge,
             "shares": self._shares,
