@@ -102,6 +102,23 @@ def test_impossible_segmenters_are_refused(fields: dict[str, Any], message: str)
         small(**fields)
 
 
+@pytest.mark.parametrize("backbone", [SMALL, {"name": "emo", "variant": "0.14M-32px"}], ids=["mobilenet", "emo"])
+def test_stages_that_nothing_looks_at_are_left_out(backbone: dict[str, Any]) -> None:
+    whole = build_model(backbone["name"], **{k: v for k, v in backbone.items() if k != "name"}, num_classes=10)
+    model = SegmentationModel(backbone, 5, channels=8, dilations=[1, 2], stage=2)
+    names = {name.removeprefix("backbone.").split(".block")[0] for name in model.state_dict()}
+    assert not any(name.startswith(("stages.2", "stages.3", "stage3", "stage4")) for name in names)
+    model.load_backbone(whole.state_dict())  # of the classifier's stages, those that are there
+    images = torch.randn(2, 3, 32, 32)
+    kept, all_ = model.eval().backbone(images), whole.eval().forward_features(images)  # type: ignore[operator]
+    assert len(kept) == 2
+    torch.testing.assert_close(kept[1], all_[1])
+    (model.train()(images)[0].sum() + model(images)[1].sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(InvalidValue, match="keep_stages"):
+        model.backbone.keep_stages(3)  # type: ignore[operator]
+
+
 def test_the_pyramid_keeps_the_map_itself() -> None:
     decoder = PooledPyramid(3, 4, (1, 2)).eval()
     assert decoder.join[0].in_channels == 3 + 2 * 4  # type: ignore[union-attr]

@@ -165,6 +165,11 @@ def test_splits_as_the_files_say_or_cut(tmp_path: Path) -> None:
     with_test = task_of(tmp_path).splits(None)
     assert len(with_test.test) == 7
     assert len(with_test.train) == 21
+    (tmp_path / "test.json").rename(tmp_path / "val.json")
+    assert [len(part) for part in (lambda s: (s.val, s.test))(task_of(tmp_path).splits(None))] == [7, 5]
+    measured = task_of(tmp_path, test="val.json").splits(None)  # then validation is cut from the training images
+    assert (len(measured.val), len(measured.test)) == (2, 7)
+    (tmp_path / "val.json").rename(tmp_path / "test.json")
     limited = task_of(tmp_path, train_limit=10, test_limit=4).splits(None)
     assert (len(limited.test), len(limited.train) + len(limited.val) + len(limited.calibration)) == (4, 10)
     several = task_of(tmp_path, train=["instances.json", "test.json"], test="test.json").splits(None)
@@ -180,6 +185,7 @@ def test_splits_as_the_files_say_or_cut(tmp_path: Path) -> None:
         ({"test_share": 0.9, "val_share": 0.2}, "add up to 1.1"),
         ({"train_limit": 1}, "train_limit = 1"),
         ({"memory_mb": -1}, "memory_mb = -1"),
+        ({"val": "val.json", "test": "val.json"}, "val and test both are 'val.json'"),
     ],
 )
 def test_impossible_fields_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -181,7 +181,9 @@ class LoneBatchNorm(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def pyramid_backbone(what: str, backbone: nn.Module | str | Mapping[str, Any], in_channels: int) -> nn.Module:
+def pyramid_backbone(
+    what: str, backbone: nn.Module | str | Mapping[str, Any], in_channels: int, last: int | None = None
+) -> nn.Module:
     """A network with ``forward_features`` and ``embed_dims``: a module as it is, or a registered model's name and
     fields.
 
@@ -195,6 +197,8 @@ def pyramid_backbone(what: str, backbone: nn.Module | str | Mapping[str, Any], i
             f"{what}: backbone = a {type(backbone).__name__}; a network with forward_features (images → feature maps) "
             "and embed_dims (their channels) is expected, for example emo or mobilenet"
         )
+    if last is not None and 1 <= last < len(backbone.embed_dims) and hasattr(backbone, "keep_stages"):  # type: ignore[arg-type]
+        backbone.keep_stages(last)
     return backbone
 
 
@@ -210,7 +214,7 @@ class SSDLiteDetector(nn.Module):
         num_classes: kinds of objects.
         in_channels: channels of an image.
         image_size: height and width of the images.
-        stages: which of the backbone's stages, from 1, are looked at.
+        stages: which of the backbone's stages, from 1, are looked at; later ones are left out of it.
         extra_channels: channels of each further level, of half the resolution of the one before.
         sizes: side of each level's square anchors in pixels, and the upper end of the largest; None: the published ones
             (at 320 pixels 48, 100, 150, 202, 253, 304 and 320, in proportion at other sizes), or evenly spaced from
@@ -237,7 +241,9 @@ class SSDLiteDetector(nn.Module):
         super().__init__()
         whole("ssdlite", num_classes=num_classes, in_channels=in_channels, image_size=image_size)
         whole("ssdlite", **{f"extra_channels[{i}]": width for i, width in enumerate(extra_channels)})
-        self.backbone = pyramid_backbone("ssdlite", backbone or {"name": "emo", "variant": "1M"}, in_channels)
+        self.backbone = pyramid_backbone(
+            "ssdlite", backbone or {"name": "emo", "variant": "1M"}, in_channels, max(stages, default=None)
+        )
         dims: Sequence[int] = self.backbone.embed_dims  # type: ignore[assignment]
         if not stages or list(stages) != sorted({*stages}) or stages[0] < 1 or stages[-1] > len(dims):
             raise InvalidValue(f"ssdlite: stages = {stages!r}; some of 1…{len(dims)}, in order, are expected")

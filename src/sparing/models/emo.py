@@ -557,6 +557,7 @@ class EMO(nn.Module):
         self.in_channels, self.features_only, self.pad_mask = in_channels, features_only, pad_mask
         self.smallest = 16 * chosen["stem_stride"]
         self.embed_dims = tuple(chosen["embed_dims"])
+        self._absent: tuple[str, ...] = ()
         shared: dict[str, Any] = {
             "qkv_bias": qkv_bias,
             "attn_drop": attn_drop,
@@ -647,10 +648,23 @@ class EMO(nn.Module):
     def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state dict into this model.
 
-        A backbone (``features_only``) takes a classifier's: its ``norm.*`` and ``head.*`` are left out. Nothing else
-        may be missing or too much. Raises :class:`InvalidValue` that lists every tensor that does not fit.
+        A backbone (``features_only``) takes a classifier's: its ``norm.*`` and ``head.*`` are left out, and what
+        belongs to stages that the backbone was told not to keep. Nothing else may be missing or too much. Raises
+        :class:`InvalidValue` that lists every tensor that does not fit.
         """
-        fill(self, state, "emo", ignored=("norm.", "head.") if self.features_only else ())
+        ignored = ("norm.", "head.", *self._absent) if self.features_only else ()
+        fill(self, state, "emo", ignored)
+
+    def keep_stages(self, count: int) -> None:
+        """Leave out the stages of a backbone after the first ``count``, where nothing looks at them."""
+        if not self.features_only or not 1 <= count <= len(self.embed_dims):
+            raise InvalidValue(
+                f"emo: keep_stages({count!r}); 1…{len(self.embed_dims)} is expected, of a network with features_only"
+            )
+        for stage in range(count + 1, len(self.embed_dims) + 1):
+            delattr(self, f"stage{stage}")
+            self._absent = (*self._absent, f"stage{stage}.")
+        self.embed_dims, self._windows = self.embed_dims[:count], self._windows[:count]
 
     def no_weight_decay_names(self) -> list[str]:
         """Parameters that weight decay should leave alone: gains, biases and all others of one dimension."""
@@ -663,7 +677,7 @@ class EMO(nn.Module):
 
     @property
     def _stages(self) -> list[nn.Sequential]:
-        return [getattr(self, f"stage{stage}") for stage in range(1, 5)]
+        return [getattr(self, f"stage{stage}") for stage in range(1, 1 + len(self.embed_dims))]
 
     def _check_size(self, height: int, width: int) -> None:
         """Refuse images that are too small; tell once of windows that do not fit."""

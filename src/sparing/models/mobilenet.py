@@ -88,6 +88,7 @@ class MobileNet(nn.Module):
             raise InvalidValue(f"mobilenet: expansion = {expansion!r}; 1 or more is expected")
         self.in_channels, self.smallest = in_channels, stem_stride << len(widths)
         self.features_only, self.embed_dims = features_only, tuple(widths)
+        self._absent: tuple[str, ...] = ()
         if image_size < self.smallest:
             raise InvalidValue(
                 f"mobilenet: image_size = {image_size}; {len(widths)} stages that halve, after a stride of "
@@ -127,11 +128,22 @@ class MobileNet(nn.Module):
         return features if self.head is None else self.head(features[-1].mean((2, 3)))
 
     def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a state dict into this model; a backbone (``features_only``) leaves out a classifier's head.
+        """Copy a state dict into this model; a backbone (``features_only``) leaves out a classifier's head,
+        and the stages it was told not to keep.
 
         Raises :class:`InvalidValue` that lists every tensor that does not fit.
         """
-        fill(self, state, "mobilenet", ignored=("head.",) if self.features_only else ())
+        fill(self, state, "mobilenet", ignored=("head.", *self._absent) if self.features_only else ())
+
+    def keep_stages(self, count: int) -> None:
+        """Leave out the stages of a backbone after the first ``count``, where nothing looks at them."""
+        if not self.features_only or not 1 <= count <= len(self.embed_dims):
+            raise InvalidValue(
+                f"mobilenet: keep_stages({count!r}); 1…{len(self.embed_dims)} is expected, of a network with "
+                "features_only"
+            )
+        self._absent = tuple(f"stages.{stage}." for stage in range(count, len(self.stages)))
+        self.stages, self.embed_dims = self.stages[:count], self.embed_dims[:count]
 
 
 def _convolution(dim_in: int, dim_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:

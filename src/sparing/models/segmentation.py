@@ -82,7 +82,9 @@ class SegmentationModel(nn.Module):
         in_channels: channels of an image.
         decoder: "deeplabv3" or "psp".
         channels: width of the decoder and of the auxiliary head.
-        stage: the backbone's stage, from 1, that is decoded; the auxiliary head sits on the one before. None: the last.
+        stage: the backbone's stage, from 1, that is decoded, and the last that is kept; the auxiliary head sits on the
+            one
+            before. None: the last.
         dilations: of DeepLabv3's branches; one of 1 is a pointwise convolution.
         pools: rows and columns of PSPNet's means.
         dropout: before the last convolution.
@@ -107,16 +109,16 @@ class SegmentationModel(nn.Module):
     ) -> None:
         super().__init__()
         whole("segmenter", num_classes=num_classes, in_channels=in_channels, channels=channels)
+        whole("segmenter", stage=1 if stage is None else stage)
         whole("segmenter", **{f"dilations[{i}]": dilation for i, dilation in enumerate(dilations)})
         whole("segmenter", **{f"pools[{i}]": pool for i, pool in enumerate(pools)})
         if decoder not in ("deeplabv3", "psp"):
             raise InvalidValue(f'segmenter: decoder = {decoder!r}; "deeplabv3" or "psp" is expected')
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise InvalidValue(f"segmenter: dropout = {dropout!r}; 0 ≤ dropout < 1 is expected")
-        self.backbone = pyramid_backbone("segmenter", backbone or {"name": "emo", "variant": "1M"}, in_channels)
+        self.backbone = pyramid_backbone("segmenter", backbone or {"name": "emo", "variant": "1M"}, in_channels, stage)
         dims: Sequence[int] = self.backbone.embed_dims  # type: ignore[assignment]
         self.stage = len(dims) if stage is None else stage
-        whole("segmenter", stage=self.stage)
         if self.stage > len(dims) or (auxiliary and self.stage < 2):
             raise InvalidValue(
                 f"segmenter: stage = {self.stage}; {2 if auxiliary else 1}…{len(dims)} is expected of this backbone"

@@ -86,6 +86,10 @@ class AnnotatedImages(Task):
                 raise InvalidValue(f"{own}: {name} = {limit!r}; a whole number of at least 4, or none, is expected")
         if isinstance(memory_mb, bool) or not isinstance(memory_mb, int | float) or not memory_mb >= 0:
             raise InvalidValue(f"{own}: memory_mb = {memory_mb!r}; a number of at least 0 is expected")
+        if val is not None and val == test:
+            raise InvalidValue(
+                f"{own}: val and test both are {val!r}; what is chosen by validation would have seen the test"
+            )
         self.path = str(path)
         self.name = f"{own}:{Path(path).name}"
         self.image_size, self.merge = size, merge
@@ -116,6 +120,8 @@ class AnnotatedImages(Task):
                     chosen[split] = [path for path in there if path.is_file()][:1]
                 else:
                     chosen[split] = [folder / name for name in ([named] if isinstance(named, str) else named)]
+            if self.files["val"] is None:  # as COCO's own is, the file may be the one to measure on
+                chosen["val"] = [path for path in chosen["val"] if path not in chosen["test"]]
             if not chosen["train"]:
                 raise DataError(
                     f"{folder}: no annotations: none of {', '.join(f'{name}.json[.gz]' for name in ALONE)} in it; name "

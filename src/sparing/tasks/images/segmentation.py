@@ -122,7 +122,7 @@ class Segmentation(AnnotatedImages):
 SEGMENTER: Mapping[str, Any] = {
     "name": "segmenter",
     "backbone": EMOJI80_BACKBONE,
-    "channels": 64,
+    "channels": 32,
     "stage": 3,
     "dilations": [1, 2, 4],
 }
