@@ -102,3 +102,8 @@ def test_a_change_depends_on_the_seed_alone(change: DenseAugmentation) -> None:
 def test_what_would_leave_targets_behind_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(IncompatibleStep, match=next(iter(fields))):
         Augment(**fields).dense_change()
+
+
+def test_with_every_operation_off_nothing_is_changed() -> None:
+    assert Augment(crop="off", jitter=0).dense_change().nothing
+    assert not Augment(crop="off", jitter=0, flip=0.1).dense_change().nothing

@@ -13,9 +13,10 @@ import torch
 import sparing
 from coco_cases import coco_folder, content, scene
 from sparing.core.collation import batches_of
-from sparing.core.errors import DataError, InvalidValue
-from sparing.core.predictor import ModulePredictor, build_model, load, to_onnx
+from sparing.core.errors import DataError, IncompatibleStep, InvalidValue
+from sparing.core.predictor import ModulePredictor, build_model, load, spec_of, to_onnx
 from sparing.core.task import IGNORED
+from sparing.core.transfer import build_on
 from sparing.models.detection import encode_boxes, match_anchors
 from sparing.tasks.images.detection import CocoDetection, coco_scores
 
@@ -248,3 +249,37 @@ def test_coco_mini_is_loaded_as_a_task(data_root: Path) -> None:
     assert len(task.labels) == 80
     figures, _ = task.coco_figures(ModulePredictor(task.default_model(), task), parts.test)
     assert set(figures) >= {"ap", "ap_small", "ar100"}
+
+
+def classification() -> sparing.CustomTask:
+    draw = torch.Generator().manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(16, 3, 32, 32, generator=draw), torch.arange(16) % 4)
+    return sparing.CustomTask(
+        "four", data, data, data, data, model="mobilenet", loss=torch.nn.functional.cross_entropy, labels="abcd"
+    )
+
+
+def test_a_classifier_is_put_under_a_detector(tmp_path: Path) -> None:
+    plain = {name: value for name, value in BACKBONE.items() if name != "name"}
+    classifier = build_model("mobilenet", classification(), image_size=32, num_classes=4, **plain)
+    old, new = classification(), task_of(tmp_path)
+    new.splits(None)
+    moved, begun = build_on(classifier, old, new, {"name": "ssdlite", "extra_channels": [8]})
+    assert begun == ["extra", "classify", "locate"]
+    state = classifier.state_dict()
+    for name, tensor in moved.backbone.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(tensor, state[name]), name
+    assert moved(*new.example_input(2))["logits"].shape[-1] == 3
+    again = build_model(spec_of(moved))  # type: ignore[arg-type]
+    assert again.state_dict().keys() == moved.state_dict().keys()
+
+
+def test_what_cannot_stand_on_another_is_refused(tmp_path: Path) -> None:
+    old, new = classification(), task_of(tmp_path)
+    new.splits(None)
+    with pytest.raises(IncompatibleStep, match="built by hand"):
+        build_on(torch.nn.Linear(2, 2), old, new, "ssdlite")
+    with pytest.raises(InvalidValue, match="backbone"):
+        build_on(build_model("mobilenet", old, image_size=32), old, new, "convnet")
+    with pytest.raises(InvalidValue, match="model = 'ssdlit'"):
+        sparing.Transfer(task=new, model="ssdlit")

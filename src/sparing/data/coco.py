@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Integer
 from sparing.core.errors import DataError, InvalidValue, MissingDependency, shown
 from sparing.core.fingerprint import fingerprint
 from sparing.core.task import IGNORED
-from sparing.data.images import ImageFiles, LabelledImages
+from sparing.data.images import ArrayImages, ImageFiles, LabelledImages
 from sparing.data.preprocessing import MAX_ENCODED_BYTES, MAX_PIXELS
 from sparing.data.text import read_text
 
@@ -475,9 +475,12 @@ class DenseImages:
                 np.array([instance.crowd for instance in image.objects], bool),
                 np.array([instance.area for instance in image.objects], np.float32),
             )
-        if row not in self._kept:
-            self._kept[row] = nearest(label_map(image, f"{self.images.where}: {image.file}"), height, width)
-        return self._kept[row]
+        if row in self._kept:
+            return self._kept[row]
+        found = nearest(label_map(image, f"{self.images.where}: {image.file}"), height, width)
+        if isinstance(self.images.source, ArrayImages):  # where images fit into memory, their maps do
+            self._kept[row] = found
+        return found
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, list[Target]]:
         """(float32 (n, C, H, W), n targets) at ``indices``."""
