@@ -65,9 +65,10 @@ def build_on(model: nn.Module, old: Task, new: Task, wanted: str | dict[str, Any
     name, fields = named_model(wanted, "model")
     trunk = {field: value for field, value in spec.config.items() if field not in old.model_fields()}
     moved = build_model(name, new, **{"backbone": {"name": spec.builder, **trunk}, **fields})
-    if not hasattr(moved, "load_backbone"):
+    load: Any = getattr(moved, "load_backbone", None)
+    if load is None:
         raise IncompatibleStep(f"the model {name!r} has no load_backbone, so it cannot stand on {spec.builder!r}")
-    moved.load_backbone(model.state_dict())
+    load(model.state_dict())
     begun = [child for child, part in moved.named_children() if child != "backbone" and part.state_dict()]
     return moved, begun
 

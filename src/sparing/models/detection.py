@@ -197,8 +197,9 @@ def pyramid_backbone(
             f"{what}: backbone = a {type(backbone).__name__}; a network with forward_features (images → feature maps) "
             "and embed_dims (their channels) is expected, for example emo or mobilenet"
         )
-    if last is not None and 1 <= last < len(backbone.embed_dims) and hasattr(backbone, "keep_stages"):  # type: ignore[arg-type]
-        backbone.keep_stages(last)
+    keep: Any = getattr(backbone, "keep_stages", None)
+    if keep is not None and last is not None and 1 <= last < len(backbone.embed_dims):  # type: ignore[arg-type]
+        keep(last)
     return backbone
 
 
@@ -327,7 +328,8 @@ class SSDLiteDetector(nn.Module):
                 f"ssdlite: an input of shape {tuple(images.shape)}; (N, channels, {self.image_size}, "
                 f"{self.image_size}) is expected"
             )
-        logits, offsets = [], []
+        logits: list[Tensor] = []
+        offsets: list[Tensor] = []
         for x, classify, locate in zip(self.levels(images), self.classify, self.locate, strict=True):
             for found, head, width in ((logits, classify, self.num_classes + 1), (offsets, locate, 4)):
                 answer = head(x)

@@ -143,7 +143,8 @@ class MobileNet(nn.Module):
                 "features_only"
             )
         self._absent = tuple(f"stages.{stage}." for stage in range(count, len(self.stages)))
-        self.stages, self.embed_dims = self.stages[:count], self.embed_dims[:count]
+        self.stages = nn.Sequential(*list(self.stages)[:count])
+        self.embed_dims = self.embed_dims[:count]
 
 
 def _convolution(dim_in: int, dim_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -13,7 +13,7 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.files import canonical_json
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.task import Splits, Task
-from sparing.data.coco import CocoFile, DenseImages, Merge, images_of, read_coco
+from sparing.data.coco import CocoFile, CocoImage, DenseImages, Merge, images_of, read_coco
 from sparing.data.images import ArrayImages, LabelledImages
 from sparing.data.preprocessing import ChannelsFirst, Decode, Normalise, Resize, ToFloat
 from sparing.data.root import data_root, own_data
@@ -152,10 +152,11 @@ class AnnotatedImages(Task):
         """The images of some files as one dataset, in memory where they fit."""
         given = self.files["images"]
         folder = None if given is None else self._located() / str(given)
-        parts = []
-        size = self.image_size
+        parts: list[tuple[Any, tuple[CocoImage, ...], Path]] = []
+        size, room = self.image_size, limit
         for file in files:
-            images = file.images[: None if limit is None else max(0, limit - sum(len(part[1]) for part in parts))]
+            images = file.images[:room]
+            room = None if room is None else room - len(images)
             if images:
                 parts.append((images_of(file.path, [image.file for image in images], folder), images, file.path))
         annotations = [image for part in parts for image in part[1]]
@@ -196,7 +197,8 @@ class AnnotatedImages(Task):
                 if split in found
             }
             order = np.random.RandomState(0).permutation(len(train))
-            parts, start = {}, 0
+            parts: dict[str, Any] = {}
+            start = 0
             for name, share in self._shares.items():
                 if name not in given:
                     end = start + max(1, round(share * len(train)))
@@ -208,7 +210,7 @@ class AnnotatedImages(Task):
                     "of their own for val and test"
                 )
             parts["train"] = train.subset(np.sort(order[start:]))
-            self._splits = Splits(**{**parts, **given})  # type: ignore[arg-type]
+            self._splits = Splits(**parts, **given)
         return self._splits
 
     # ---------------------------------------------------------------------------------------------------------- models

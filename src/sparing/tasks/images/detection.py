@@ -61,7 +61,8 @@ def coco_scores(
         from pycocotools.cocoeval import COCOeval
     except ModuleNotFoundError as error:
         raise MissingDependency("pycocotools", "detection", "COCO's evaluation") from error
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, truth in enumerate(truths):
         images.append({"id": number})
         for box, label, crowd, area in zip(
@@ -123,7 +124,7 @@ class Detection(AnnotatedImages):
     metrics: tuple[Metric, ...] = (Metric("ap"), Metric("ap50"), Metric("ap75"), Metric("ar100"))
     capabilities: frozenset[str] = frozenset({"detection", "images"})
     kind: ClassVar[Literal["boxes", "maps"]] = "boxes"
-    collate: Callable[[list[Any]], Any] | None = staticmethod(collate_boxes)  # type: ignore[assignment]
+    collate: Callable[[list[Any]], Any] | None = staticmethod(collate_boxes)
     postprocessing = DetectBoxes()
 
     @property
