@@ -94,7 +94,7 @@ def test_a_classifiers_weights_become_the_backbone() -> None:
         ({"pools": [0]}, r"pools\[0\] = 0"),
         ({"dropout": 1.0}, "dropout = 1.0"),
         ({"stage": 5}, "stage = 5; 2…4"),
-        ({"stage": 1}, "stage = 1; 2…4"),
+        ({"stage": 1}, "stage = 1; a whole number of at least 2"),
     ],
 )
 def test_impossible_segmenters_are_refused(fields: dict[str, Any], message: str) -> None:

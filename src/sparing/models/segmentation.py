@@ -109,7 +109,8 @@ class SegmentationModel(nn.Module):
     ) -> None:
         super().__init__()
         whole("segmenter", num_classes=num_classes, in_channels=in_channels, channels=channels)
-        whole("segmenter", stage=1 if stage is None else stage)
+        least = 2 if auxiliary else 1
+        whole("segmenter", least, stage=least if stage is None else stage)
         whole("segmenter", **{f"dilations[{i}]": dilation for i, dilation in enumerate(dilations)})
         whole("segmenter", **{f"pools[{i}]": pool for i, pool in enumerate(pools)})
         if decoder not in ("deeplabv3", "psp"):
@@ -119,10 +120,8 @@ class SegmentationModel(nn.Module):
         self.backbone = pyramid_backbone("segmenter", backbone or {"name": "emo", "variant": "1M"}, in_channels, stage)
         dims: Sequence[int] = self.backbone.embed_dims  # type: ignore[assignment]
         self.stage = len(dims) if stage is None else stage
-        if self.stage > len(dims) or (auxiliary and self.stage < 2):
-            raise InvalidValue(
-                f"segmenter: stage = {self.stage}; {2 if auxiliary else 1}…{len(dims)} is expected of this backbone"
-            )
+        if not least <= self.stage <= len(dims):
+            raise InvalidValue(f"segmenter: stage = {self.stage}; {least}…{len(dims)} is expected of this backbone")
         width = dims[self.stage - 1]
         self.decoder: nn.Module
         if decoder == "deeplabv3":
