@@ -120,7 +120,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     ),
     "emo_dense": (
         "steps.classifier.max_steps=2",
-        "steps.transfer.task={name: emoji80_detection, train_limit: 60, test_limit: 12}",
+        "steps.transfer.task={name: emoji80_detection, merge: all, train_limit: 60, test_limit: 12}",
         "steps.detector.max_steps=2",
     ),
     "emo_segmentation": ("task.train_limit=60", "task.test_limit=12", "steps.train.max_steps=2"),

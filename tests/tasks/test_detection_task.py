@@ -233,7 +233,10 @@ def test_from_files_to_a_ledger(tmp_path: Path) -> None:
     done = sparing.run(
         task=task_of(tmp_path / "data", test_share=0.25),
         model=MODEL,
-        steps=[sparing.Augment(flip=0.5, jitter=0.1), sparing.Train(epochs=30, batch_size=6, lr=0.01, validate_every=30)],
+        steps=[
+            sparing.Augment(flip=0.5, jitter=0.1),
+            sparing.Train(epochs=30, batch_size=6, lr=0.01, validate_every=30),
+        ],
         meter={"min_seconds": 0.0, "max_seconds": 0.05, "memory": False},
         store=tmp_path / "store",
     )

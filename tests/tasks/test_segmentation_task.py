@@ -109,7 +109,10 @@ def test_from_masks_to_a_ledger(tmp_path: Path) -> None:
     done = sparing.run(
         task=task_of(tmp_path / "data", test_share=0.25),
         model={"name": "segmenter", **FIELDS},
-        steps=[sparing.Augment(flip=0.5, jitter=0.1), sparing.Train(epochs=60, batch_size=4, lr=0.02, validate_every=60)],
+        steps=[
+            sparing.Augment(flip=0.5, jitter=0.1),
+            sparing.Train(epochs=60, batch_size=4, lr=0.02, validate_every=60),
+        ],
         meter={"min_seconds": 0.0, "max_seconds": 0.05, "memory": False},
         store=tmp_path / "store",
     )
