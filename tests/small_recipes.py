@@ -27,6 +27,13 @@ SMALL_GRADIENT_MATCHING = (
     "steps.condense.batch_real=16",
     f"steps.condense.network={SMALL_NETWORK}",
 )
+SMALL_CLASSIFIER = (
+    "steps.classifier.max_steps=1",
+    "steps.classifier.batch_size=4",
+    "steps.classifier.precision=32-true",
+    "steps.classifier.devices=1",
+    "steps.classifier.workers=0",
+)
 SMALL: dict[str, tuple[str, ...]] = {
     "dd_backdoor": (
         "task.train_limit=600",
@@ -110,6 +117,29 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.student.max_steps=2",
         "steps.int8.max_loss=1",
         "steps.int8.samples=16",
+    ),
+    "emo_dense": (
+        "steps.classifier.max_steps=2",
+        "steps.transfer.task={name: emoji80_detection, merge: all, train_limit: 60, test_limit: 12}",
+        "steps.detector.max_steps=2",
+    ),
+    "emo_segmentation": ("task.train_limit=60", "task.test_limit=12", "steps.train.max_steps=2"),
+    "full/emo_dense": (
+        *SMALL_CLASSIFIER,
+        "steps.transfer.task={name: emoji80_detection, train_limit: 40, test_limit: 8}",
+        "steps.detector.max_steps=1",
+        "steps.detector.batch_size=4",
+        "steps.detector.warmup_steps=0",
+        "steps.detector.devices=1",
+        "steps.detector.workers=0",
+    ),
+    "full/emo_segmentation": (
+        *SMALL_CLASSIFIER,
+        "steps.transfer.task={name: emoji80_segmentation, train_limit: 40, test_limit: 8}",
+        "steps.segmenter.max_steps=1",
+        "steps.segmenter.batch_size=4",
+        "steps.segmenter.devices=1",
+        "steps.segmenter.workers=0",
     ),
     "leap": (
         "task.train_limit=600",

@@ -31,6 +31,24 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.folder:ImageFolder",
             "Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.",
         ),
+        "coco_detection": Part(
+            "sparing.tasks.images.detection:CocoDetection",
+            "Your own images with boxes: a folder with annotation files in COCO's format, for detection.",
+        ),
+        "coco_segmentation": Part(
+            "sparing.tasks.images.segmentation:CocoSegmentation",
+            "Your own images with masks: a folder with annotation files in COCO's format, a class for each pixel.",
+        ),
+        "emoji80_detection": Part(
+            "sparing.tasks.images.detection:Emoji80Detection",
+            "Rendered scenes of emoji on photographs, 96×96, with boxes of 80 kinds: 3,000 to train on and 600 to "
+            "measure.",
+        ),
+        "emoji80_segmentation": Part(
+            "sparing.tasks.images.segmentation:Emoji80Segmentation",
+            "Rendered scenes of emoji on photographs, 96×96, a class for each pixel: 3,000 to train on and 600 to "
+            "measure.",
+        ),
         "sign_digits": Part(
             "sparing.tasks.images.sign_digits:SignDigits",
             "Sign-language digits: colour photographs of hands, 64×64, 10 classes, people disjoint (Mavi 2020).",
@@ -347,6 +365,16 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
         ),
+        "segmenter": Part(
+            "sparing.models.segmentation:SegmentationModel",
+            "Segmentation: a DeepLabv3 or PSPNet decoder on a backbone, and a plain auxiliary head on the stage "
+            "before.",
+        ),
+        "ssdlite": Part(
+            "sparing.models.detection:SSDLiteDetector",
+            "SSDLite: depth-wise detection heads on two stages of a backbone and on further halved maps (Sandler et "
+            "al. 2018).",
+        ),
         "vgg11": Part(
             "sparing.models.blocknet:VGG11",
             "VGG-11 for small images: eight 3×3 convolutions, five times max pooling, one linear layer.",
@@ -414,6 +442,14 @@ PARTS: dict[str, dict[str, Part]] = {
         "byte_pairs": Part(
             "sparing.data.tokenizing:BytePairs",
             "Texts → numbers of byte pairs, int64 (N, longest), padded behind with 0.",
+        ),
+        "detect_boxes": Part(
+            "sparing.data.boxes:DetectBoxes",
+            "A detector's logits, offsets and anchors → boxes, scores and labels for each image, best first.",
+        ),
+        "label_maps": Part(
+            "sparing.data.boxes:LabelMaps",
+            "Logits (N, classes, h, w) → the class of each pixel, int64 (N, height, width).",
         ),
         "normalise": Part("sparing.data.preprocessing:Normalise", "(N, C, …) → (x − mean) / std for each channel."),
     },

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from coco_cases import coco_folder
 from event_files import dvs_files
 from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
@@ -471,6 +472,19 @@ def tu_files(place: Path) -> Path:
     return place
 
 
+def scenes(name: str) -> sparing.Task:
+    """The images of :func:`coco_folder` in memory, for detectors and segmenters."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = registered_task(name, path=str(coco_folder(Path(folder))), size=32)
+        splits = task.splits(None)
+        for part in (splits.train, splits.val, splits.calibration, splits.test):
+            part.fingerprint()
+    return task
+
+
+NARROW_BACKBONE = {"name": "mobilenet", "widths": [4, 6, 8, 8], "depths": [1, 1, 1, 1], "expansion": 2}
+
+
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
@@ -519,6 +533,18 @@ TASKS = {
     "text_corpus": lambda data, scratch: TaskCase(
         lambda: registered_task("text_corpus", path=str(text_files(scratch)), length=24, vocab_size=260)
     ),
+    "coco_detection": lambda data, scratch: TaskCase(
+        lambda: registered_task("coco_detection", path=str(coco_folder(scratch)), size=32)
+    ),
+    "coco_segmentation": lambda data, scratch: TaskCase(
+        lambda: registered_task("coco_segmentation", path=str(coco_folder(scratch)), size=32)
+    ),
+    "emoji80_detection": lambda data, scratch: TaskCase(
+        lambda: registered_task("emoji80_detection", train_limit=200, test_limit=40), data
+    ),
+    "emoji80_segmentation": lambda data, scratch: TaskCase(
+        lambda: registered_task("emoji80_segmentation", train_limit=200, test_limit=40), data
+    ),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
     ),
@@ -544,6 +570,8 @@ NEEDS_DATA = frozenset(
         "hflights",
         "tiny_shakespeare",
         "us_addresses",
+        "emoji80_detection",
+        "emoji80_segmentation",
     }
 )
 
@@ -569,6 +597,16 @@ MODELS = {
     "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
     "mae_vit": ModelCase("mae_vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
+    "segmenter": ModelCase(
+        "segmenter",
+        partial(scenes, "coco_segmentation"),
+        {"backbone": NARROW_BACKBONE, "num_classes": 3, "channels": 6, "dilations": [1, 2], "stage": 3},
+    ),
+    "ssdlite": ModelCase(
+        "ssdlite",
+        partial(scenes, "coco_detection"),
+        {"backbone": NARROW_BACKBONE, "num_classes": 2, "image_size": 32, "extra_channels": [8]},
+    ),
     "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "lr": ModelCase("lr", clicks),
