@@ -232,6 +232,24 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
         ),
+        "cpf": Part(
+            "sparing.models.gnn_students:CPFStudent",
+            "Label propagation mixed with a perceptron: parameterised label propagation, PLP (Yang et al. 2021, section "
+            "3.3).",
+        ),
+        "fair_student": Part(
+            "sparing.models.gnn_students:FairStudent",
+            "A student behind the mean of its proxy of bias: it takes features alone (Dong et al. 2023, RELIANT).",
+        ),
+        "glnn": Part(
+            "sparing.models.gnn_students:GLNNStudent",
+            "A perceptron on each node's own features, or on those of its neighbourhood with ``hops``.",
+        ),
+        "sgc_student": Part(
+            "sparing.models.gnn_students:SGCStudent",
+            "Three simple graph convolutions: SGC(1), ReLU, SGC(propagations), ReLU, SGC(1), dropout before the last "
+            "two.",
+        ),
         "lenet": Part(
             "sparing.models.blocknet:LeNet",
             "LeNet-5 with ReLU and max pooling: two 5×5 convolutions, three linear layers (LeCun et al. 1998).",

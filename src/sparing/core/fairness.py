@@ -66,7 +66,7 @@ def _share_gap(
 
 def delta_sp(
     predicted: Integer[ndarray, " n"],
-    sens: Shaped[ndarray, " n"],
+    sens: Shaped[ndarray, "..."],
     *,
     positive: int = 1,
     groups: Sequence[Any] | None = None,
@@ -88,8 +88,8 @@ def delta_sp(
 
 def delta_eo(
     predicted: Integer[ndarray, " n"],
-    labels: Integer[ndarray, " n"],
-    sens: Shaped[ndarray, " n"],
+    labels: Integer[ndarray, "..."],
+    sens: Shaped[ndarray, "..."],
     *,
     positive: int = 1,
     groups: Sequence[Any] | None = None,

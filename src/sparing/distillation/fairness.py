@@ -48,8 +48,8 @@ def soft_step(p: Float[Tensor, "*n"], kind: StepKind = "reference") -> Float[Ten
         p: probabilities, in 0…1.
         kind: "reference": ½ + ½P₁ − ⅛P₃ + 1/16 P₅ − 5/128 P₇ + 7/256 P₉ of x = 2p − 1, P_k Legendre polynomials, which
             the published results were made with: almost a ramp, from 0.074 to 0.926. "legendre": the true expansion of
-            the step to degree 9, whose coefficients are (2k + 1)/2 times these: steeper, from −0.123 to 1.123. "sigmoid":
-            1/(1 + exp((½ − p)/0.1)).
+            the step to degree 9, whose coefficients are (2k + 1)/2 times these: steeper, from −0.123 to 1.123.
+            "sigmoid": 1/(1 + exp((½ − p)/0.1)).
 
     Raises:
         InvalidValue: another kind.

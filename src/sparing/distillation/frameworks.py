@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 class TeacherOutputs:
     """What a trained teacher says of all nodes; it is never asked again."""
 
-    log_prob: Float[Tensor, "n c"]
+    log_prob: Float[Tensor, "..."]
     """Log-probabilities (N, C)."""
-    embedding: Float[Tensor, "n h"] | None = None
+    embedding: Float[Tensor, "..."] | None = None
     """(N, h); GraphAKD needs it, as wide as the student's."""
     parameters: int | None = None
     """Numbers the teacher holds, for the report."""
@@ -59,7 +59,8 @@ class TeacherOutputs:
             )
         if self.embedding is not None and (self.embedding.ndim != 2 or len(self.embedding) != len(self.log_prob)):
             raise InvalidValue(
-                f"an embedding of shape {tuple(self.embedding.shape)} for {len(self.log_prob)} nodes; (N, h) is expected"
+                f"an embedding of shape {tuple(self.embedding.shape)} for {len(self.log_prob)} nodes; (N, h) is "
+                "expected"
             )
 
     @property
@@ -240,7 +241,7 @@ class SoftKD(Framework):
         return soft + self.label_weight * cross_entropy(student.logits[lesson.train], lesson.labels)
 
 
-# --- GraphAKD (He et al. 2022, "Compressing Deep Graph Neural Networks via Adversarial Knowledge Distillation") --------
+# --- GraphAKD (He et al. 2022, "Compressing Deep Graph Neural Networks via Adversarial Knowledge Distillation")
 
 
 class LogitDiscriminator(nn.Module):

@@ -1,7 +1,7 @@
 """RELIANT: a student that does not inherit its teacher's bias (Dong et al., SDM 2023, arXiv:2301.01150).
 
-The student sees each node's features and, behind them, a proxy of bias. The proxy is trained to carry as much bias as it
-can, one row for each node; the student is trained to distil and to be fair while all nodes have the same row, the
+The student sees each node's features and, behind them, a proxy of bias. The proxy is trained to carry as much bias as
+it can, one row for each node; the student is trained to distil and to be fair while all nodes have the same row, the
 proxy's mean, so that no bias in the proxy can tell them apart. In a loop of your own::
 
     proxy = BiasProxy(num_nodes)
@@ -323,7 +323,8 @@ class FairDistiller:
                     )
                 if not math.isfinite(losses.distillation):
                     raise TrainingDiverged(
-                        f"the loss of epoch {epoch + 1} is {losses.distillation}; a smaller lr than {self.lr:g} may help"
+                        f"the loss of epoch {epoch + 1} is {losses.distillation}; a smaller lr than {self.lr:g} may "
+                        "help"
                     )
                 kept.history.append(losses)
                 if (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.epochs:
@@ -346,7 +347,7 @@ class FairDistiller:
         return self
 
     def log_prob(self, data: Data) -> Float[Tensor, "n c"]:
-        """The fitted student's log-probabilities (N, C) of a graph's nodes, which need not be those it was fitted on."""
+        """The fitted student's log-probabilities (N, C) of a graph's nodes; it may be another graph."""
         training = self.student.training
         try:
             self.student.eval()

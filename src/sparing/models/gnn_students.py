@@ -1,7 +1,7 @@
 """Small networks that learn the classes of a graph's nodes from a teacher (Dong et al. 2023, arXiv:2301.01150).
 
-All take features and edges as the networks of :mod:`sparing.models.gnn` do. :class:`CPFStudent` is that of Yang, Liu and
-Shi 2021 ("Extract the Knowledge of Graph Neural Networks and Go Beyond It", arXiv:2103.02885), :class:`SGCStudent` that
+All take features and edges as the networks of :mod:`sparing.models.gnn` do. :class:`CPFStudent` is that of Yang, Liu
+and Shi 2021 ("Extract the Knowledge of Graph Neural Networks and Go Beyond It", arXiv:2103.02885), :class:`SGCStudent` that
 of GraphAKD (He et al. 2022, arXiv:2205.11678), :class:`GLNNStudent` that of Zhang et al. 2022 (arXiv:2110.08727).
 """
 
