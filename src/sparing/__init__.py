@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         UntrustedCode,
     )
     from sparing.core.export import Export
+    from sparing.core.fairness import delta_eo, delta_sp
     from sparing.core.job import Job
     from sparing.core.ledger import Ledger
     from sparing.core.pipeline import plan, run
@@ -74,7 +75,11 @@ if TYPE_CHECKING:
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
     from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.distillation.fair_step import DistilFair
+    from sparing.distillation.fairness import equal_opportunity_loss, soft_step, statistical_parity_loss
+    from sparing.distillation.frameworks import CPF, GLNN, GraphAKD, SoftKD, TeacherOutputs
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.distillation.reliant import BiasProxy, FairDistiller
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
     from sparing.engine.tuner import tune_production
@@ -96,7 +101,7 @@ if TYPE_CHECKING:
     from sparing.optimization.weight_norm_lightning import Reparametrization
     from sparing.tasks.ctr import ClickThrough
     from sparing.tasks.custom import CustomTask
-    from sparing.tasks.graphs import GraphClassification, NodeClassification
+    from sparing.tasks.graphs import GraphClassification, GroupedNodeClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
     from sparing.tasks.text.spans import postprocess_spans, squad_metrics
@@ -164,6 +169,7 @@ _HOMES = {
         "UntrustedCode",
     ),
     "sparing.core.export": ("Export",),
+    "sparing.core.fairness": ("delta_eo", "delta_sp"),
     "sparing.core.job": ("Job",),
     "sparing.core.ledger": ("Ledger",),
     "sparing.core.pipeline": ("plan", "run"),
@@ -175,7 +181,11 @@ _HOMES = {
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.distillation.fair_step": ("DistilFair",),
+    "sparing.distillation.fairness": ("equal_opportunity_loss", "soft_step", "statistical_parity_loss"),
+    "sparing.distillation.frameworks": ("CPF", "GLNN", "GraphAKD", "SoftKD", "TeacherOutputs"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.distillation.reliant": ("BiasProxy", "FairDistiller"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
     "sparing.engine.tuner": ("tune_production",),
@@ -197,7 +207,7 @@ _HOMES = {
     "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
     "sparing.tasks.ctr": ("ClickThrough",),
     "sparing.tasks.custom": ("CustomTask",),
-    "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
+    "sparing.tasks.graphs": ("GraphClassification", "GroupedNodeClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
     "sparing.tasks.text.spans": ("postprocess_spans", "squad_metrics"),
@@ -205,12 +215,15 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CPF",
     "FTRL",
+    "GLNN",
     "LEAP",
     "RPGD",
     "AuditBackdoor",
     "Augment",
     "BackdoorAudit",
+    "BiasProxy",
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
@@ -235,6 +248,7 @@ __all__ = [
     "DVFSGovernor",
     "DataError",
     "Distil",
+    "DistilFair",
     "DistillationLoss",
     "EarlyExitPredictor",
     "Ema",
@@ -243,9 +257,12 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FairDistiller",
+    "GraphAKD",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
+    "GroupedNodeClassification",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
@@ -285,11 +302,13 @@ __all__ = [
     "Selection",
     "Shrink",
     "SmoothLabels",
+    "SoftKD",
     "SparingError",
     "Step",
     "StoreError",
     "Task",
     "Teacher",
+    "TeacherOutputs",
     "TextClassification",
     "Train",
     "TrainingDiverged",
@@ -312,8 +331,11 @@ __all__ = [
     "compile_encoder",
     "compile_model",
     "cost_report",
+    "delta_eo",
+    "delta_sp",
     "detect_blocks",
     "distill_blocks",
+    "equal_opportunity_loss",
     "extract_blocks",
     "from_transformers",
     "hessian_trace",
@@ -333,7 +355,9 @@ __all__ = [
     "save_condensed",
     "sharpness",
     "shrink",
+    "soft_step",
     "squad_metrics",
+    "statistical_parity_loss",
     "step",
     "train_exits",
     "train_wordpiece",

@@ -140,7 +140,7 @@ def test_an_empty_group_is_refused_not_divided_by():
     prob, sens = torch.full((6, 2), 0.5), torch.tensor([0, 0, 0, 1, 1, 1])
     with pytest.raises(InvalidValue, match="the group 1 of the sensitive attribute has no node among the 2"):
         statistical_parity_loss(prob, sens, torch.tensor([0, 1]))
-    with pytest.raises(InvalidValue, match="the group 0 .* has no node of the positive class among the 6"):
+    with pytest.raises(InvalidValue, match=r"the group 0 .* has no node of the positive class among the 6"):
         equal_opportunity_loss(prob, sens, torch.tensor([0, 0, 0, 1, 1, 1]))
     with pytest.raises(InvalidValue, match="a mask of 5 nodes"):
         members(sens, torch.ones(5, dtype=torch.bool))

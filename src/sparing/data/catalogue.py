@@ -14,6 +14,8 @@ from sparing.core.errors import SparingError, UnknownName, did_you_mean
 from sparing.core.files import sha256_of
 from sparing.data.cifar import CIFAR10, read_cifar10
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
+from sparing.data.node_tables import TABLES
+from sparing.data.node_tables import split_of as table_split_of
 from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
 from sparing.data.squad import SQUAD, Question, read_published
@@ -30,6 +32,7 @@ READERS: dict[str, tuple[Source, Reader]] = {
     CIFAR10.name: (CIFAR10, read_cifar10),
     **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
     **{name: (tu.source, partial(tu_split_of, name)) for name, tu in TU_SETS.items()},
+    **{name: (table.source, partial(table_split_of, name)) for name, table in TABLES.items()},
     SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
     AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
     TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),

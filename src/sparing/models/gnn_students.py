@@ -1,12 +1,13 @@
 """Small networks that learn the classes of a graph's nodes from a teacher (Dong et al. 2023, arXiv:2301.01150).
 
 All take features and edges as the networks of :mod:`sparing.models.gnn` do. :class:`CPFStudent` is that of Yang, Liu
-and Shi 2021 ("Extract the Knowledge of Graph Neural Networks and Go Beyond It", arXiv:2103.02885), :class:`SGCStudent` that
-of GraphAKD (He et al. 2022, arXiv:2205.11678), :class:`GLNNStudent` that of Zhang et al. 2022 (arXiv:2110.08727).
+and Shi 2021 ("Extract the Knowledge of Graph Neural Networks and Go Beyond It", arXiv:2103.02885), :class:`SGCStudent`
+that of GraphAKD (He et al. 2022, arXiv:2205.11678), :class:`GLNNStudent` that of Zhang et al. 2022 (arXiv:2110.08727).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear, one_hot, relu
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparing.core import registry
 from sparing.core.errors import InvalidValue
 from sparing.core.predictor.module import build_model, named_model
 from sparing.models.convnet import whole
@@ -348,14 +350,22 @@ class FairStudent(nn.Module):
     ) -> None:
         super().__init__()
         whole("FairStudent", in_features=in_features, num_classes=num_classes, proxy_dim=proxy_dim)
-        name, fields = named_model(student, "student")
-        fields = {"in_features": in_features + proxy_dim, "num_classes": num_classes, **fields}
-        self.student = build_model(name, **fields)
+        name, own = named_model(student, "student")
+        self.student = build_model(name, **student_fields(name, in_features, num_classes, proxy_dim) | own)
         self.register_buffer("proxy", torch.zeros(proxy_dim))
 
     def forward(self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "..."]) -> Float[Tensor, "n classes"]:
         """Features (N, in_features) and edges (2, E) → logits (N, C)."""
         return self.student(with_columns(x, self.get_buffer("proxy")), edge_index)
+
+
+def student_fields(name: str, in_features: int, num_classes: int, proxy_dim: int, **more: Any) -> dict[str, Any]:
+    """What a registered model is told as a student: its features, those of the proxy included, its classes, and of
+    ``proxy_dim`` and ``more`` what it has a field for."""
+    known = inspect.signature(registry.resolve("models", name) if ":" not in name else object).parameters
+    offered = {"proxy_dim": proxy_dim, **more}
+    told = {field: value for field, value in offered.items() if field in known}
+    return {"in_features": in_features + proxy_dim, "num_classes": num_classes, **told}
 
 
 def with_columns(x: Float[Tensor, "n f"], columns: Float[Tensor, "*n q"]) -> Float[Tensor, "n fq"]:
