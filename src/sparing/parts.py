@@ -160,7 +160,7 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "distil_fair": Part(
             "sparing.distillation.fair_step:DistilFair",
-            "Distil a graph network into a student that treats two groups of nodes alike, by a proxy of bias (RELIANT).",
+            "Distil a graph network into a student that treats two groups of nodes alike, by a proxy of bias.",
         ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",

@@ -27,7 +27,7 @@ CURVE_POINTS = 100
 
 @step("distil_fair")
 class DistilFair(Step):
-    """Distil a graph network into a student that treats two groups of nodes alike, by a proxy of bias (RELIANT).
+    """Distil a graph network into a student that treats two groups of nodes alike, by a proxy of bias.
 
     With ``alpha=0`` and ``proxy=false`` it is plain distillation by the same framework, the control; with
     ``proxy=false`` alone the fairness loss without the proxy. The student learns on the whole graph of the task: where
@@ -223,10 +223,9 @@ class DistilFair(Step):
             if curve[0][1] is not None:
                 job.notes.curves[name] = curve
         taught = self.teacher or self.teacher_folder
+        fair = f"{self.metric} at weight {record['alpha']:g}"
         proxied = f"a proxy of {self.proxy_dim} columns" if self.proxy else "no proxy"
-        job.notes.remarks.append(
-            f"taught by {str(taught)!r} through {self.framework}; {self.metric} at weight {record['alpha']:g}, {proxied}"
-        )
+        job.notes.remarks.append(f"taught by {str(taught)!r} through {self.framework}; {fair}, {proxied}")
         if getattr(job.train, "sens", None) is None:
             job.notes.remarks.append(f"the student learned on the task's own graph of {nodes} nodes")
 
