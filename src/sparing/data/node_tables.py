@@ -48,7 +48,7 @@ class NodeTable:
     def column(self, name: str) -> int:
         """The number of a column, or :class:`DataError` with the names there are."""
         if name not in self.features:
-            there = shown(", ".join(self.features), 500)
+            there = ", ".join(self.features)[:500]
             raise DataError(f"{self.where}: no column {name!r}.{did_you_mean(name, self.features)} Columns: {there}")
         return self.features.index(name)
 

@@ -49,9 +49,10 @@ class TinyGraph(NodeClassification):
 
 
 class TinyPeople(GroupedNodeClassification):
-    """Two classes of 120 nodes in two groups that mostly know their own; a feature tells the group, another the class.
+    """Two classes of 120 nodes in two groups, which know their own and mostly their own class.
 
-    The features are dense, and each node has a loop.
+    The class "yes" is more frequent in the group "b". A feature tells the group, another the class; features are dense,
+    and each node has a loop.
     """
 
     name = "tiny_people"
@@ -68,13 +69,14 @@ class TinyPeople(GroupedNodeClassification):
         from torch_geometric.utils import add_self_loops, to_undirected
 
         draw = torch.Generator().manual_seed(0)
-        sens = (torch.arange(120) // 2) % 2
-        y = torch.arange(120) % 2
+        sens = torch.arange(120) % 2
+        y = (torch.rand(120, generator=draw) < 0.3 + 0.4 * sens).long()
         x = torch.randn(120, 4, generator=draw)
-        x[:, 0] += 3 * y
+        x[:, 0] += 2 * y
         x[:, 1] += 2 * sens
-        pairs = torch.randint(120, (2, 600), generator=draw)
-        pairs = pairs[:, (sens[pairs[0]] == sens[pairs[1]]) & (pairs[0] != pairs[1])]
+        pairs = torch.randint(120, (2, 1200), generator=draw)
+        alike = (y[pairs[0]] == y[pairs[1]]) | (torch.rand(1200, generator=draw) < 0.2)
+        pairs = pairs[:, alike & (sens[pairs[0]] == sens[pairs[1]]) & (pairs[0] != pairs[1])]
         part = torch.arange(120) // 30
         return Data(
             x=x,
