@@ -98,10 +98,9 @@ def test_every_row_has_the_gaps_and_a_fair_student_smaller_ones(tmp_path: Path):
         assert {"delta_sp", "delta_eo", "accuracy of a", "accuracy of b", "accuracy gap between groups"} <= set(figures)
     assert rows["plain"]["accuracy"].value > 0.8
     assert rows["exported"]["delta_sp"].value == rows["fair"]["delta_sp"].value
-    assert (
-        rows["fair"]["parameters"].value == rows["plain"]["parameters"].value + 2 * 8 + 2
-        or rows["fair"]["parameters"].value > rows["plain"]["parameters"].value
-    )
+    assert rows["fair"]["delta_sp"].value < rows["plain"]["delta_sp"].value
+    # two columns more for each of 8 units; the proxy's mean is stored, and may be counted
+    assert rows["fair"]["parameters"].value - rows["plain"]["parameters"].value in (16, 18)
     loaded = sparing.load(done.folder / "model")
     task = TinyPeople()
     again = task.evaluate(loaded, task.splits().test)
@@ -182,7 +181,7 @@ def test_a_column_that_tells_the_answer_is_warned_of(tmp_path: Path):
     task = own(tmp_path)
     with pytest.raises(SparingError, match="leaks are known once"):
         _ = task.leaks
-    with pytest.warns(UserWarning, match=r"columns that alone predict the label.*'until' \(0\.9.*drop leaves them out"):
+    with pytest.warns(UserWarning, match=r"columns that alone predict the label.*'until' \(1\.0.*drop leaves them out"):
         task.splits()
     assert list(task.leaks) == ["until"]
     with warnings.catch_warnings():
@@ -208,10 +207,14 @@ def test_a_column_that_tells_the_answer_is_warned_of(tmp_path: Path):
     ],
 )
 def test_a_wrong_table_is_named(tmp_path: Path, fields: dict, message: str):
-    with pytest.raises(SparingError, match=message):
+    def use():
         task = own(tmp_path, **fields)
         task.splits()
-        _ = task.positive, task.labels
+        return task.positive, task.labels
+
+    with warnings.catch_warnings(), pytest.raises(SparingError, match=message):
+        warnings.simplefilter("ignore")  # of the column that tells
+        use()
 
 
 def test_recidivism_is_honest_by_default(data_root: Path):
@@ -221,7 +224,7 @@ def test_recidivism_is_honest_by_default(data_root: Path):
     assert task.leaks == {}
     assert task.in_features == splits.train.x.shape[1] == 16
     assert splits.train.edge_index.shape[1] == task.example_edges == 642_616
-    with pytest.raises(InvalidValue, match="'TIMES', which is no column. Did you mean 'TIME'"):
+    with pytest.raises(InvalidValue, match=r"'TIMES', which is no column\. Did you mean 'TIME'"):
         resolve("tasks", "recidivism")(drop=["TIMES"])
 
 
