@@ -26,6 +26,7 @@ NOT_BY_NAME = {
     "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",
     "_Published": "is the base of published sets",
+    "_PublishedTable": "is the base of published tables",
     "_InMemory": "is made of the arrays an estimator is fitted on",
     "_Recorder": "stands in for another predictor while it is fed",
 }
