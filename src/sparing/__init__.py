@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         UntrustedCode,
     )
     from sparing.core.export import Export
+    from sparing.core.fairness import delta_eo, delta_sp
     from sparing.core.job import Job
     from sparing.core.ledger import Ledger
     from sparing.core.pipeline import plan, run
@@ -90,10 +91,14 @@ if TYPE_CHECKING:
     from sparing.data_efficiency.sampler import CurriculumCollate, CurriculumItems, CurriculumMetric, CurriculumSampler
     from sparing.data_efficiency.token_dropping import DropTokens, drop_tokens
     from sparing.data_efficiency.tokens import TokenCounter, TokenLR, TokenLr
+    from sparing.distillation.fair_step import DistilFair
+    from sparing.distillation.fairness import equal_opportunity_loss, soft_step, statistical_parity_loss
     from sparing.distillation.finetuning import FineTune, layer_decay_groups
+    from sparing.distillation.frameworks import CPF, GLNN, GraphAKD, SoftKD, TeacherOutputs
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
     from sparing.distillation.pretraining import Pretrain
     from sparing.distillation.relations import DistilRelations, RelationStudent, cls_kl, feature_smooth_l1, relation_kl
+    from sparing.distillation.reliant import BiasProxy, FairDistiller
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
     from sparing.engine.tuner import tune_production
@@ -125,7 +130,7 @@ if TYPE_CHECKING:
     from sparing.tasks.custom import CustomTask
     from sparing.tasks.events.base import EventClassification
     from sparing.tasks.events.estimator import SNNClassifier
-    from sparing.tasks.graphs import GraphClassification, NodeClassification
+    from sparing.tasks.graphs import GraphClassification, GroupedNodeClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
     from sparing.tasks.text.language_modelling import score_texts
@@ -195,6 +200,7 @@ _HOMES = {
         "UntrustedCode",
     ),
     "sparing.core.export": ("Export",),
+    "sparing.core.fairness": ("delta_eo", "delta_sp"),
     "sparing.core.job": ("Job",),
     "sparing.core.ledger": ("Ledger",),
     "sparing.core.pipeline": ("plan", "run"),
@@ -231,7 +237,10 @@ _HOMES = {
     ),
     "sparing.data_efficiency.token_dropping": ("DropTokens", "drop_tokens"),
     "sparing.data_efficiency.tokens": ("TokenCounter", "TokenLR", "TokenLr"),
+    "sparing.distillation.fair_step": ("DistilFair",),
+    "sparing.distillation.fairness": ("equal_opportunity_loss", "soft_step", "statistical_parity_loss"),
     "sparing.distillation.finetuning": ("FineTune", "layer_decay_groups"),
+    "sparing.distillation.frameworks": ("CPF", "GLNN", "GraphAKD", "SoftKD", "TeacherOutputs"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
     "sparing.distillation.pretraining": ("Pretrain",),
     "sparing.distillation.relations": (
@@ -241,6 +250,7 @@ _HOMES = {
         "feature_smooth_l1",
         "relation_kl",
     ),
+    "sparing.distillation.reliant": ("BiasProxy", "FairDistiller"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
     "sparing.engine.tuner": ("tune_production",),
@@ -272,7 +282,7 @@ _HOMES = {
     "sparing.tasks.custom": ("CustomTask",),
     "sparing.tasks.events.base": ("EventClassification",),
     "sparing.tasks.events.estimator": ("SNNClassifier",),
-    "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
+    "sparing.tasks.graphs": ("GraphClassification", "GroupedNodeClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
     "sparing.tasks.text.language_modelling": ("score_texts",),
@@ -281,7 +291,9 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CPF",
     "FTRL",
+    "GLNN",
     "LEAP",
     "LIF",
     "MAE",
@@ -289,6 +301,7 @@ __all__ = [
     "AuditBackdoor",
     "Augment",
     "BackdoorAudit",
+    "BiasProxy",
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
@@ -325,6 +338,7 @@ __all__ = [
     "DifficultyIndex",
     "DifficultyMetric",
     "Distil",
+    "DistilFair",
     "DistilRelations",
     "DistillationLoss",
     "DropTokens",
@@ -340,13 +354,16 @@ __all__ = [
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FairDistiller",
     "FeatureMap",
     "FineTune",
     "GestureSNN",
+    "GraphAKD",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
     "GroupFtrl",
+    "GroupedNodeClassification",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
@@ -393,6 +410,7 @@ __all__ = [
     "SequenceLength",
     "Shrink",
     "SmoothLabels",
+    "SoftKD",
     "SparingError",
     "SpikeReport",
     "SpikingStream",
@@ -402,6 +420,7 @@ __all__ = [
     "StreamingPredictor",
     "Task",
     "Teacher",
+    "TeacherOutputs",
     "TextClassification",
     "TokenCount",
     "TokenCounter",
@@ -433,9 +452,12 @@ __all__ = [
     "compile_encoder",
     "compile_model",
     "cost_report",
+    "delta_eo",
+    "delta_sp",
     "detect_blocks",
     "distill_blocks",
     "drop_tokens",
+    "equal_opportunity_loss",
     "events_to_frames",
     "extract_blocks",
     "feature_smooth_l1",
@@ -465,8 +487,10 @@ __all__ = [
     "sharpness",
     "shrink",
     "sincos_2d",
+    "soft_step",
     "spike_report",
     "squad_metrics",
+    "statistical_parity_loss",
     "step",
     "train_exits",
     "train_wordpiece",

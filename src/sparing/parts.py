@@ -61,6 +61,22 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.graphs.published:Citeseer",
             "Citeseer: papers on computer science and their citations, 6 subjects (split of Yang et al. 2016).",
         ),
+        "recidivism": Part(
+            "sparing.tasks.graphs.groups:Recidivism",
+            "Recidivism: 18,876 people released from prison, by whether they came back; groups by race.",
+        ),
+        "credit_default": Part(
+            "sparing.tasks.graphs.groups:CreditDefault",
+            "Credit default: 30,000 holders of credit cards, by whether they paid; groups by age.",
+        ),
+        "german_credit": Part(
+            "sparing.tasks.graphs.groups:GermanCredit",
+            "German credit: 1,000 clients of a bank, good ones or not; groups by gender.",
+        ),
+        "node_table": Part(
+            "sparing.tasks.graphs.groups:NodeTableTask",
+            "Your own graph of people: rows of a table with edges between them and a sensitive attribute, in an npz.",
+        ),
         "mutag": Part(
             "sparing.tasks.graphs.sets:Mutag",
             "MUTAG: 188 molecules of up to 28 atoms, mutagenic or not (Debnath et al. 1991, in the form of TUDataset).",
@@ -203,6 +219,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.distillation.relations:DistilRelations",
             'Pre-train a small "mae_vit" on images without labels, by how a pre-trained teacher relates their parts.',
         ),
+        "distil_fair": Part(
+            "sparing.distillation.fair_step:DistilFair",
+            "Distil a graph network into a student that treats two groups of nodes alike, by a proxy of bias.",
+        ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
             "Keep a moving average of the weights through the next training, score it beside them, and hand it on.",
@@ -328,6 +348,24 @@ PARTS: dict[str, dict[str, Part]] = {
         "graph_gcn": Part(
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
+        ),
+        "cpf": Part(
+            "sparing.models.gnn_students:CPFStudent",
+            "Label propagation mixed with a perceptron: parameterised label propagation, PLP (Yang et al. 2021, "
+            "section 3.3).",
+        ),
+        "fair_student": Part(
+            "sparing.models.gnn_students:FairStudent",
+            "A student behind the mean of its proxy of bias: it takes features alone (Dong et al. 2023, RELIANT).",
+        ),
+        "glnn": Part(
+            "sparing.models.gnn_students:GLNNStudent",
+            "A perceptron on each node's own features, or on those of its neighbourhood with ``hops``.",
+        ),
+        "sgc_student": Part(
+            "sparing.models.gnn_students:SGCStudent",
+            "Three simple graph convolutions: SGC(1), ReLU, SGC(propagations), ReLU, SGC(1), dropout before the last "
+            "two.",
         ),
         "lenet": Part(
             "sparing.models.blocknet:LeNet",

@@ -20,10 +20,11 @@ from sparing.core.predictor import build_model
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.graphs import PackedGraphs
 from sparing.data.images import LabelledImages
+from sparing.data.node_tables import save_node_table
 from sparing.data.preprocessing import ChannelsFirst, Decode, ToFloat
 from sparing.models.spiking.streaming import StreamSpikes
 from sparing.tasks.images.digits import Digits
-from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, graph_of, tiny_task
+from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, TinyPeople, graph_of, tiny_task
 
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
 BLOCKS = {"name": "blocknet", "num_classes": 3, "image_size": 8, "width": 4, "depth": 1}
@@ -252,6 +253,17 @@ STEPS = {
         before=(TRAIN,),
         nothing="training moves the weights",
     ),
+    "distil_fair": StepCase(
+        sparing.DistilFair(
+            teacher="first",
+            student={"name": "glnn", "hidden": 4, "hops": 1},
+            epochs=4,
+            checkpoint_every=1,
+        ),
+        before=(TRAIN,),
+        task=TinyPeople,
+        nothing="training moves the weights",
+    ),
     "block_prune": StepCase(
         BlockPrune(sparsity=0.5, convolutions=True),
         after=(LAST, Shrink(id="realised")),
@@ -472,6 +484,17 @@ def tu_files(place: Path) -> Path:
     return place
 
 
+def people_file(place: Path) -> Path:
+    """Sixty people with a sensitive attribute, and edges between them."""
+    path = place / "people.npz"
+    if not path.is_file():
+        draw = np.random.RandomState(0)
+        y = np.arange(60) % 2
+        x = draw.randn(60, 3) + y[:, None]
+        save_node_table(path, x, "abc", y, draw.randint(0, 60, (2, 150)), sens=np.arange(60) // 2 % 2)
+    return path
+
+
 def scenes(name: str) -> sparing.Task:
     """The images of :func:`coco_folder` in memory, for detectors and segmenters."""
     with tempfile.TemporaryDirectory() as folder:
@@ -492,6 +515,10 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
+    "recidivism": lambda data, scratch: TaskCase(lambda: registered_task("recidivism"), data),
+    "credit_default": lambda data, scratch: TaskCase(lambda: registered_task("credit_default"), data),
+    "german_credit": lambda data, scratch: TaskCase(lambda: registered_task("german_credit"), data),
+    "node_table": lambda data, scratch: TaskCase(lambda: registered_task("node_table", path=str(people_file(scratch)))),
     "mutag": lambda data, scratch: TaskCase(
         lambda: registered_task("mutag"), data, repeats="6 pairs of its molecules are the same graph"
     ),
@@ -558,6 +585,9 @@ NEEDS_DATA = frozenset(
         "sign_digits",
         "cora",
         "citeseer",
+        "recidivism",
+        "credit_default",
+        "german_credit",
         "mutag",
         "nci1",
         "proteins",
@@ -594,6 +624,10 @@ MODELS = {
     "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
     "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
+    "cpf": ModelCase("cpf", TinyPeople, {"num_nodes": 120, "num_layers": 3, "hidden": 4}, apart=False),
+    "fair_student": ModelCase("fair_student", TinyPeople, {"student": {"name": "glnn", "hidden": 4}}, apart=False),
+    "glnn": ModelCase("glnn", TinyPeople, {"hidden": 4, "hops": 2}, apart=False),
+    "sgc_student": ModelCase("sgc_student", TinyPeople, {"hidden": 4}, apart=False),
     "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
     "mae_vit": ModelCase("mae_vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),

@@ -30,6 +30,7 @@ NOT_BY_NAME = {
     "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",
     "_Published": "is the base of published sets",
+    "_PublishedTable": "is the base of published tables",
     "_InMemory": "is made of the arrays an estimator is fitted on",
     "OwnLoss": "is another task as a model sees it that computes its own loss",
     "_Unlabelled": "is made of the arrays an estimator is fitted on",

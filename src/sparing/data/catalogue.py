@@ -16,6 +16,8 @@ from sparing.data.cifar import CIFAR10, read_cifar10
 from sparing.data.hflights import HFLIGHTS
 from sparing.data.hflights import split_of as flights_of
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
+from sparing.data.node_tables import TABLES
+from sparing.data.node_tables import split_of as table_split_of
 from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
 from sparing.data.sequences import TINY_SHAKESPEARE, US_ADDRESSES, read_tiny_shakespeare, read_us_addresses
@@ -33,6 +35,7 @@ READERS: dict[str, tuple[Source, Reader]] = {
     CIFAR10.name: (CIFAR10, read_cifar10),
     **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
     **{name: (tu.source, partial(tu_split_of, name)) for name, tu in TU_SETS.items()},
+    **{name: (table.source, partial(table_split_of, name)) for name, table in TABLES.items()},
     SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
     AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
     TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),
