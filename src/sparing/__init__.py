@@ -74,6 +74,9 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
+    from sparing.data.events.framing import events_to_frames
+    from sparing.data.events.simulator import EventSimulator
+    from sparing.data.events.stream import EventRecordings, EventStream
     from sparing.data.feature_map import FeatureMap
     from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.data_efficiency.analysis import DataAnalyzer
@@ -93,6 +96,12 @@ if TYPE_CHECKING:
     from sparing.engine.tuner import tune_production
     from sparing.models.bert import from_transformers
     from sparing.models.ctr import without_zero_rows
+    from sparing.models.spiking.attention import MultiDimAttention
+    from sparing.models.spiking.gesture import GestureSNN
+    from sparing.models.spiking.neurons import LIF
+    from sparing.models.spiking.report import SpikeReport, spike_report
+    from sparing.models.spiking.residual import MSResSNN
+    from sparing.models.spiking.streaming import SpikingStream, StreamingPredictor, StreamSpikes
     from sparing.models.xdeepint import MultiHeadInteraction, PolynomialInteraction, XDeepInt
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
@@ -110,6 +119,8 @@ if TYPE_CHECKING:
     from sparing.tasks.ctr import ClickThrough
     from sparing.tasks.ctr.estimator import CTRClassifier
     from sparing.tasks.custom import CustomTask
+    from sparing.tasks.events.base import EventClassification
+    from sparing.tasks.events.estimator import SNNClassifier
     from sparing.tasks.graphs import GraphClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
@@ -191,6 +202,9 @@ _HOMES = {
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
     "sparing.data.feature_map": ("FeatureMap",),
+    "sparing.data.events.framing": ("events_to_frames",),
+    "sparing.data.events.simulator": ("EventSimulator",),
+    "sparing.data.events.stream": ("EventRecordings", "EventStream"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.data_efficiency.analysis": ("DataAnalyzer",),
     "sparing.data_efficiency.callbacks": (
@@ -219,6 +233,12 @@ _HOMES = {
     "sparing.engine.tuner": ("tune_production",),
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
+    "sparing.models.spiking.attention": ("MultiDimAttention",),
+    "sparing.models.spiking.gesture": ("GestureSNN",),
+    "sparing.models.spiking.neurons": ("LIF",),
+    "sparing.models.spiking.report": ("SpikeReport", "spike_report"),
+    "sparing.models.spiking.residual": ("MSResSNN",),
+    "sparing.models.spiking.streaming": ("SpikingStream", "StreamSpikes", "StreamingPredictor"),
     "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
     "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "GroupFtrl", "combined_optimizer"),
     "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
@@ -236,6 +256,8 @@ _HOMES = {
     "sparing.tasks.ctr": ("ClickThrough",),
     "sparing.tasks.ctr.estimator": ("CTRClassifier",),
     "sparing.tasks.custom": ("CustomTask",),
+    "sparing.tasks.events.base": ("EventClassification",),
+    "sparing.tasks.events.estimator": ("SNNClassifier",),
     "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
@@ -247,6 +269,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FTRL",
     "LEAP",
+    "LIF",
     "RPGD",
     "AuditBackdoor",
     "Augment",
@@ -294,10 +317,15 @@ __all__ = [
     "Ema",
     "EnergyModel",
     "Engine",
+    "EventClassification",
+    "EventRecordings",
+    "EventSimulator",
+    "EventStream",
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
     "FeatureMap",
+    "GestureSNN",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
@@ -315,8 +343,10 @@ __all__ = [
     "LegoPredictor",
     "LegoRuntime",
     "LockPattern",
+    "MSResSNN",
     "MinNormRegressor",
     "MissingDependency",
+    "MultiDimAttention",
     "MultiExitModel",
     "MultiHeadInteraction",
     "NoEffect",
@@ -338,14 +368,19 @@ __all__ = [
     "RecipeError",
     "Reparametrization",
     "Rpgd",
+    "SNNClassifier",
     "ScalingOptimizer",
     "Selection",
     "SequenceLength",
     "Shrink",
     "SmoothLabels",
     "SparingError",
+    "SpikeReport",
+    "SpikingStream",
     "Step",
     "StoreError",
+    "StreamSpikes",
+    "StreamingPredictor",
     "Task",
     "Teacher",
     "TextClassification",
@@ -380,6 +415,7 @@ __all__ = [
     "detect_blocks",
     "distill_blocks",
     "drop_tokens",
+    "events_to_frames",
     "extract_blocks",
     "from_transformers",
     "hessian_trace",
@@ -401,6 +437,7 @@ __all__ = [
     "score_texts",
     "sharpness",
     "shrink",
+    "spike_report",
     "squad_metrics",
     "step",
     "train_exits",

@@ -96,6 +96,20 @@ PARTS: dict[str, dict[str, Part]] = {
             "Your own table of rows with a label 0 or 1: a CSV, TSV or Parquet file, or a folder train/val/test of "
             "such.",
         ),
+        "gesture_events": Part(
+            "sparing.tasks.events.gestures:GestureEvents",
+            "Simulated events of hands that wave, circle, turn, approach and recede: 32×32 pixels, 8 motions, people "
+            "disjoint.",
+        ),
+        "dvs128_gesture": Part(
+            "sparing.tasks.events.gestures:DVSGesture",
+            "DVS128 Gesture: recordings of 11 hand and arm gestures by 29 people, 128×128 pixels (Amir et al. 2017).",
+        ),
+        "event_folder": Part(
+            "sparing.tasks.events.own:EventFolder",
+            "Your own recordings: a folder of class sub-folders of npz or AEDAT 3.1 files, with or without "
+            "train/val/test.",
+        ),
         "masked_lm": Part(
             "sparing.tasks.text.masked_lm:MaskedLM",
             "Masked language modelling: pre-train a text encoder on unlabelled texts (Devlin et al. 2019).",
@@ -204,6 +218,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.data_efficiency.tokens:TokenLr",
             "Let the learning rate of the next training follow the tokens consumed, and end it at a budget of them.",
         ),
+        "stream": Part(
+            "sparing.models.spiking.streaming:StreamSpikes",
+            "Deploy a spiking network that keeps its state, so that frames are answered as they come.",
+        ),
         "transfer": Part(
             "sparing.core.transfer:Transfer",
             "Go on with another task and its data; the model stays, but for a head that does not fit.",
@@ -271,6 +289,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "Causal transformer for language modelling: pre-norm blocks, learned positions, a final norm (as GPT-2, "
             "2019).",
         ),
+        "gesture_snn": Part(
+            "sparing.models.spiking.gesture:GestureSNN",
+            "Spiking network for event frames: convolutions, then linear layers, each with gates and neurons of its "
+            "own.",
+        ),
         "graph_gcn": Part(
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
@@ -288,6 +311,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.mobilenet:MobileNet",
             "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear "
             "layer.",
+        ),
+        "ms_res_snn": Part(
+            "sparing.models.spiking.residual:MSResSNN",
+            "Residual spiking network for images: a stem, four stages that each halve the image, linear layer on mean "
+            "spikes.",
         ),
         "remapped_ids": Part(
             "sparing.models.ctr:RemappedIds",
@@ -330,6 +358,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "module": Part(
             "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."
         ),
+        "spiking": Part(
+            "sparing.models.spiking.streaming:StreamingPredictor",
+            "A spiking network in torch that answers whole recordings, or step by step with the same outputs.",
+        ),
         "onnx": Part("sparing.core.predictor.onnx:OnnxPredictor", "An ONNX graph in an ONNX Runtime session."),
     },
     "operations": {
@@ -345,6 +377,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "centre_crop": Part("sparing.data.preprocessing:CentreCrop", "Images → their central (height, width) part."),
         "channels_first": Part("sparing.data.preprocessing:ChannelsFirst", "(N, H, W, C) → (N, C, H, W), contiguous."),
         "to_float": Part("sparing.data.preprocessing:ToFloat", "Integers 0…``full`` → float32 0…1."),
+        "events_to_frames": Part(
+            "sparing.data.events.framing:EventsToFrames",
+            "Streams of events, or structured arrays with fields x, y, t and p → frames float32 (N, T, 2, x, y).",
+        ),
         "encode_fields": Part(
             "sparing.data.ctr:EncodeFields",
             "Rows, mappings of a column to its value → ids, int64 (n, F), as a :class:`CTREncoder` gives them.",

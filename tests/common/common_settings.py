@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from event_files import dvs_files
 from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
@@ -19,6 +20,7 @@ from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.graphs import PackedGraphs
 from sparing.data.images import LabelledImages
 from sparing.data.preprocessing import ChannelsFirst, Decode, ToFloat
+from sparing.models.spiking.streaming import StreamSpikes
 from sparing.tasks.images.digits import Digits
 from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, graph_of, tiny_task
 
@@ -192,6 +194,38 @@ def clicks() -> sparing.Task:
     return registered_task("click_table", path=str(path), exclude=["row"], val_share=0.2)
 
 
+def event_folder(place: Path) -> Path:
+    """A folder of class sub-folders with recordings of 8×8 pixels: bars that move to the right, or upwards."""
+    if any(place.iterdir()):
+        return place
+    draw = np.random.default_rng(0)
+    for label in ("right", "up"):
+        (place / label).mkdir(parents=True)
+        for number in range(24):
+            t = np.sort(draw.integers(0, 4000, 120))
+            along, across = (t // 500 + draw.integers(0, 2, 120)) % 8, draw.integers(0, 8, 120)
+            x, y = (along, across) if label == "right" else (across, along)
+            np.savez(place / label / f"{number}.npz", x=x, y=y, t=t, p=draw.integers(0, 2, 120))
+    return place
+
+
+def few_events() -> sparing.Task:
+    """The recordings of :func:`event_folder`, read, with a small model."""
+    from sparing.tasks.events.own import EventFolder
+
+    class FewEvents(EventFolder):
+        model = SMALL_SNN
+
+    with tempfile.TemporaryDirectory() as folder:
+        task = FewEvents(str(event_folder(Path(folder))), 8, 1000, 4, 1)
+        task.splits(None)
+        task.path, task.name = "bars", f"few events of {len(task.labels)} kinds"  # not the folder that is gone
+    return task
+
+
+SMALL_SNN = {"widths": [3, 4], "pools": [1, 2], "hidden": [5], "r_t": 2, "r_c": 2}
+"""Fields of a gesture_snn for :func:`few_events`."""
+
 STEPS = {
     "train": StepCase(
         sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),
@@ -319,6 +353,14 @@ STEPS = {
         task=photographs,
         nothing=StepCase(sparing.Augment(crop="off", jitter=0), task=photographs, nothing="is the case"),
     ),
+    "stream": StepCase(
+        StreamSpikes(),
+        before=(TRAIN,),
+        task=few_events,
+        nothing=StepCase(
+            StreamSpikes(id="again"), before=(TRAIN, StreamSpikes()), task=few_events, nothing="is the case"
+        ),
+    ),
     "ema": StepCase(
         sparing.Ema(decay=0.9, use="best"),
         after=(LAST,),
@@ -423,6 +465,13 @@ TASKS = {
         lambda: registered_task("click_table", path=str(click_table(scratch)), exclude=["row"]),
         repeats="rows are known by six shops and 64 bins of prices",
     ),
+    "gesture_events": lambda data, scratch: TaskCase(lambda: registered_task("gesture_events"), data),
+    "dvs128_gesture": lambda data, scratch: TaskCase(
+        lambda: registered_task("dvs128_gesture", dt_us=1000, T=4, downsample=16), dvs_files(scratch)
+    ),
+    "event_folder": lambda data, scratch: TaskCase(
+        lambda: registered_task("event_folder", path=str(event_folder(scratch)), side=8, dt_us=1000, T=4, downsample=1)
+    ),
     "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
     "tiny_shakespeare": lambda data, scratch: TaskCase(lambda: registered_task("tiny_shakespeare"), data),
     "us_addresses": lambda data, scratch: TaskCase(
@@ -443,6 +492,7 @@ NEEDS_DATA = frozenset(
     {
         "fashion_mnist",
         "cifar10",
+        "gesture_events",
         "sign_digits",
         "cora",
         "citeseer",
@@ -471,6 +521,12 @@ MODELS = {
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
     "gpt": ModelCase("gpt", lines, {"dim": 16, "depth": 3, "heads": 2, "dropout": 0.0}),
+    "gesture_snn": ModelCase("gesture_snn", few_events, SMALL_SNN),
+    "ms_res_snn": ModelCase(
+        "ms_res_snn",
+        partial(small_photos, 32),
+        {"num_classes": 3, "T": 2, "r_c": 2, "widths": [4, 4, 4, 4], "blocks": [1, 1, 1, 1]},
+    ),
     "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
     "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),

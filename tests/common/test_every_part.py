@@ -20,6 +20,7 @@ ENTRIES = [(kind, name) for kind in PARTS for name in PARTS[kind]]
 NOT_BY_NAME = {
     "AdjacencyGCN": "takes an adjacency matrix, which no task's batch holds",
     "AdjacencySGC": "takes an adjacency matrix, which no task's batch holds",
+    "EventClassification": "is the base of tasks on events",
     "CustomTask": "is made of live data sets and functions",
     "ExitTask": "is another task as a network with exits sees it",
     "ImageClassification": "is the base of image tasks",

@@ -132,6 +132,8 @@ def test_each_batch_is_cut_to_the_difficulty_it_was_drawn_under(windows: SmallCo
     assert look.widths == [pace(step) for step in range(1, result.steps + 1) for _ in range(2)]
     assert set(look.rows) == {4}
     assert len(set(look.widths)) > 4
+    # a point lies at the steps made, so that within a step the length is already the next one's
+    assert all(value in (pace(int(step)), pace(int(step) + 1)) for step, value in result.curves["difficulty: length"])
 
 
 def test_samples_come_from_easy_to_hard_in_whole_batches(windows: SmallCorpus) -> None:

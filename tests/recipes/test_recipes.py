@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import sparing
+from event_files import dvs_files
 from small_recipes import SMALL, overrides
 from sparing.cli import main
 from sparing.core.recipe import load_recipe, packaged
@@ -73,7 +74,9 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
     recipe = load_recipe(name)
     own = {"image_folder": photos, "click_table": criteo}.get(recipe.task.name)
     more = ["--set", f"task.path={own}"] if own else []
-    if recipe.task.name not in EMBEDDED:
+    if recipe.task.name == "dvs128_gesture":
+        more += ["--data", str(dvs_files(tmp_path))]
+    elif recipe.task.name not in EMBEDDED:
         more += ["--data", str(request.getfixturevalue("data_root"))]
     out = tmp_path / "out"
     assert main(["run", name, *overrides(name), *more, "--out", str(out), "--quiet"]) == 0
@@ -94,8 +97,10 @@ def test_a_recipe_runs_and_leaves_a_ledger_a_report_and_a_model(
         kinds = {
             "Decode": lambda: np.zeros((8, 8), np.uint8),
             "EncodeFields": lambda: dict.fromkeys(first.encoder.schema.columns(label=False), 3),
+            "EventsToFrames": lambda: {name: np.array([1, 2]) * (name != "p") for name in "xytp"},
+            "WordPiece": lambda: ("Who wrote it?", "Nobody knows who wrote it."),
         }
-        raw = kinds.get(type(first).__name__, lambda: ("Who wrote it?", "Nobody knows who wrote it."))()
+        raw = kinds.get(type(first).__name__, lambda: "Who wrote it?")()
         answer = model.predict([raw])
         assert len(answer) == 1
         assert np.isfinite(answer).all()

@@ -220,6 +220,10 @@ def test_flights(data_root: Path) -> None:
     later = late.splits(data_root).test
     day = [field.name for field in late.encoder.schema.fields].index("day_of_year")
     assert (later.ids[:, day] == -1).all()
+    few = HFlights(train_limit=1000, test_limit=60).splits(data_root)
+    assert (len(few.train) + len(few.calibration), len(few.val), len(few.test)) == (1000, 60, 60)
+    with pytest.raises(InvalidValue, match="train_limit = 0"):
+        HFlights(train_limit=0)
     with pytest.raises(InvalidValue, match="split = 'day'"):
         HFlights(split="day")  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match="min_count"):

@@ -63,8 +63,11 @@ class CurriculumCallback(Callback):
             self.consumed = self.sampler.yielded
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One more batch is consumed."""
+        """One more batch is consumed; a training of Sparing draws the curves of its difficulties."""
         self.consumed += 1
+        if self._batches is not None and pl_module.figures["batches"] % pl_module.every == 0:
+            at = self._batches.difficulties(trainer.current_epoch, batch_idx)
+            pl_module.curve({f"difficulty: {name}": value for name, value in at.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batches that were consumed."""

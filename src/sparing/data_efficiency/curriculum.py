@@ -299,6 +299,10 @@ class CurriculumBatches(Batches):
         for old in sorted(self._marks)[:-2]:
             del self._marks[old]
 
+    def difficulties(self, epoch: int, number: int) -> dict[str, float]:
+        """What a batch is drawn under."""
+        return self._batches_of(epoch)[number][1]
+
     def __iter__(self) -> Iterator[IndexBatch]:
         difficulties = [at for _, at in self._batches_of(self.epoch)]
         rest = super().__iter__()

@@ -39,6 +39,19 @@ class Description:
     """Per layer, where known: {"name", "type", "parameters", …}."""
     fetched_bytes: int | None = None
     """Bytes of the payload that one answer reads; None: all."""
+    accumulates: int | None = None
+    """Additions for one sample that take the place of multiply-accumulates, as spikes allow; None: there are none."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What one sample costs where that depends on the data, measured on some."""
+
+    macs: int
+    accumulates: int
+    """Additions that take the place of multiply-accumulates."""
+    rule: str
+    """How both were counted, and on what."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,10 @@ class Predictor(ABC):
     @abstractmethod
     def describe(self) -> Description:
         """Sizes and counts of this predictor."""
+
+    def operations_on(self, task: Task, split: Any) -> Operations | None:
+        """Operations of one sample of a split, where they depend on the data; None: :meth:`describe` has them."""
+        return None
 
     @abstractmethod
     def payload(self) -> tuple[dict[str, bytes], dict[str, Any]]:

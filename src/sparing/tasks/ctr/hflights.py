@@ -32,15 +32,27 @@ class HFlights(ClickThrough):
     Args:
         min_count: training rows a value must be in.
         split: "fold" or "time".
+        train_limit: at most so many rows train and calibrate, drawn evenly; None: all.
+        test_limit: at most so many rows validate, and so many test.
     """
 
     name = "hflights"
 
-    def __init__(self, min_count: int = 5, split: Literal["fold", "time"] = "fold") -> None:
+    def __init__(
+        self,
+        min_count: int = 5,
+        split: Literal["fold", "time"] = "fold",
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+    ) -> None:
         super().__init__()
         if split not in ("fold", "time"):
             raise InvalidValue(f'hflights: split = {split!r}; "fold" or "time" is expected')
+        for name, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+                raise InvalidValue(f"hflights: {name} = {limit!r}; a whole number of at least 1 is expected, or none")
         self.min_count, self.split = min_count, split
+        self.train_limit, self.test_limit = train_limit, test_limit
         self.schema(Path())
         self._parts: dict[Path, dict[str, Any]] = {}
 
@@ -64,6 +76,8 @@ class HFlights(ClickThrough):
                 test = table["day_of_year"].to_numpy() > LAST_TRAINING_DAY
                 val = ~test & (evenly(rows, 1) < 0.1)
                 training = ~test & ~val
+            training = _few(training, self.train_limit)
+            val, test = (_few(mask, self.test_limit) for mask in (val, test))
             cut = training & (evenly(rows) < 0.05)
             masks = {"fitted": training, "train": training & ~cut, "val": val, "calibration": cut, "test": test}
             self._parts[root] = {name: table.filter(pa.array(mask)) for name, mask in masks.items()}
@@ -76,3 +90,13 @@ class HFlights(ClickThrough):
     def fitted_on(self, root: Path) -> Source:
         """All that train or calibrate."""
         return self._read(root)["fitted"]
+
+
+def _few(mask: np.ndarray, limit: int | None) -> np.ndarray:
+    """At most ``limit`` of the rows that a mask (n,) chooses, drawn evenly."""
+    if limit is None:
+        return mask
+    chosen = np.flatnonzero(mask)
+    kept = np.zeros_like(mask)
+    kept[chosen[np.argsort(evenly(chosen, 2), kind="stable")[:limit]]] = True
+    return kept
