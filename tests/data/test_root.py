@@ -178,7 +178,7 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
 
 def test_flights_are_read_and_refused(data_root: Path, tmp_path: Path) -> None:
     found = catalogue.check("hflights", data_root)
-    assert found.splits == {"train": 201_477, "test": 22_397}
+    assert found.splits == {"train": 201_455, "test": 22_419}
     assert found.files["hflights_delay.parquet"].startswith("readable, SHA-256 ")
     (tmp_path / "hflights_delay").mkdir()
     (tmp_path / "hflights_delay" / "hflights_delay.parquet").write_bytes(b"PAR1")

@@ -106,8 +106,8 @@ def test_what_is_left_becomes_an_onnx_graph_for_which_unknown_is_zero(
     ids = np.array([[5, 0], [dropped, 0], [-1, 0], [-1, -1]])
     found = np.asarray(predictor(ids))
     assert found[1] == found[2]
-    near = 1e-4 if isinstance(last, sparing.Export) else 0.5
-    np.testing.assert_allclose(found, torch_one(ids), atol=near)
+    if isinstance(last, sparing.Export):  # what INT8 may lose is set by max_loss, for all rows together
+        np.testing.assert_allclose(found, torch_one(ids), atol=1e-4)
     predictor.save(tmp_path / "model")
     np.testing.assert_array_equal(sparing.load(tmp_path / "model")(ids), found)
     raw = [{"shop": 5, "day": 1}, {"shop": 99_999, "day": None}]
@@ -175,6 +175,8 @@ def test_what_a_recipe_must_hold(task: ClickTable) -> None:
         ([sparing.GroupFtrl(), drop, train], "'drop_zero_rows' comes before the training"),
         ([sparing.GroupFtrl(), sparing.Train(lr=0.1), drop], "sets the training plan's optimizer"),
         ([sparing.GroupFtrl(), sparing.Rpgd(), train, drop], "sets the training plan's optimizer"),
+        ([sparing.GroupFtrl(), sparing.Ema(), train, drop], "sets the training plan's average of weights"),
+        ([sparing.Leap(), sparing.GroupFtrl(), train, drop], "sets the training plan's learning-rate perturbation"),
     ):
         with pytest.raises(RecipeError, match=message):
             run(task, *steps)

@@ -410,7 +410,8 @@ class GroupFtrl(Step):
     stage: ClassVar[Stage] = Stage.TRAINING
     needs: ClassVar[frozenset[str]] = frozenset({"module"})
     fragile: ClassVar[frozenset[str]] = frozenset({"rows of zeros"})
-    slots: ClassVar[frozenset[str]] = frozenset({"optimizer"})
+    # an average of weights, or a step that is perturbed, has no exact zeros
+    slots: ClassVar[frozenset[str]] = frozenset({"optimizer", "average of weights", "learning-rate perturbation"})
     source: ClassVar[str] = (
         "Yan and Li 2020, xDeepInt, arXiv:2301.01089; group lasso: Ni et al. 2019, Feature Selection for Facebook Feed "
         "Ranking System via a Group-Sparsity-Regularized Training Algorithm, CIKM; FTRL: McMahan et al. 2013, alg. 1"
