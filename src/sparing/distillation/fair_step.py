@@ -112,6 +112,8 @@ class DistilFair(Step):
         from sparing.core.predictor import outline
 
         super().check(task)
+        if not self.needs <= task.capabilities:  # planning says so
+            return
         fields = task.model_fields()
         outline(lambda: self._build(fields["in_features"], fields["num_classes"], fields.get("num_nodes", 1)))
 
