@@ -1,4 +1,4 @@
-"""Finished trainings that outlive the benchmark that made them, so that one that was interrupted goes on."""
+"""Trainings of benchmarks that are kept as they end, so that an interrupted benchmark goes on where it was."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         UntrustedCode,
     )
     from sparing.core.export import Export
+    from sparing.core.fairness import delta_eo, delta_sp
     from sparing.core.job import Job
     from sparing.core.ledger import Ledger
     from sparing.core.pipeline import plan, run
@@ -74,14 +75,42 @@ if TYPE_CHECKING:
     from sparing.core.transfer import Transfer
     from sparing.data.augmentation import Augment
     from sparing.data.ctr import Categorical, CTREncoder, CTRSchema, Numeric
+    from sparing.data.events.framing import events_to_frames
+    from sparing.data.events.simulator import EventSimulator
+    from sparing.data.events.stream import EventRecordings, EventStream
     from sparing.data.feature_map import FeatureMap
     from sparing.data.wordpiece import WordPiece, train_wordpiece
+    from sparing.data_efficiency.analysis import DataAnalyzer
+    from sparing.data_efficiency.callbacks import CurriculumCallback, TokenCount, TokenDroppingCallback, TokenLRCallback
+    from sparing.data_efficiency.config import DataEfficiency
+    from sparing.data_efficiency.curriculum import Curriculum
+    from sparing.data_efficiency.index import DifficultyIndex
+    from sparing.data_efficiency.metrics import Composed, DifficultyMetric, SequenceLength, VocabularyRarity
+    from sparing.data_efficiency.pacing import PacingFunction
+    from sparing.data_efficiency.postprocessing import reshape_batch, truncate_batch
+    from sparing.data_efficiency.sampler import CurriculumCollate, CurriculumItems, CurriculumMetric, CurriculumSampler
+    from sparing.data_efficiency.token_dropping import DropTokens, drop_tokens
+    from sparing.data_efficiency.tokens import TokenCounter, TokenLR, TokenLr
+    from sparing.distillation.fair_step import DistilFair
+    from sparing.distillation.fairness import equal_opportunity_loss, soft_step, statistical_parity_loss
+    from sparing.distillation.finetuning import FineTune, layer_decay_groups
+    from sparing.distillation.frameworks import CPF, GLNN, GraphAKD, SoftKD, TeacherOutputs
     from sparing.distillation.logits import Distil, DistillationLoss, Teacher
+    from sparing.distillation.pretraining import Pretrain
+    from sparing.distillation.relations import DistilRelations, RelationStudent, cls_kl, feature_smooth_l1, relation_kl
+    from sparing.distillation.reliant import BiasProxy, FairDistiller
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
     from sparing.engine.tuner import tune_production
     from sparing.models.bert import from_transformers
     from sparing.models.ctr import without_zero_rows
+    from sparing.models.mae import MAE, ViTConfig, load_vit, mae_loss, save_vit, sincos_2d
+    from sparing.models.spiking.attention import MultiDimAttention
+    from sparing.models.spiking.gesture import GestureSNN
+    from sparing.models.spiking.neurons import LIF
+    from sparing.models.spiking.report import SpikeReport, spike_report
+    from sparing.models.spiking.residual import MSResSNN
+    from sparing.models.spiking.streaming import SpikingStream, StreamingPredictor, StreamSpikes
     from sparing.models.xdeepint import MultiHeadInteraction, PolynomialInteraction, XDeepInt
     from sparing.optimization.averaging import Ema
     from sparing.optimization.averaging_lightning import WeightAverage
@@ -99,9 +128,12 @@ if TYPE_CHECKING:
     from sparing.tasks.ctr import ClickThrough
     from sparing.tasks.ctr.estimator import CTRClassifier
     from sparing.tasks.custom import CustomTask
-    from sparing.tasks.graphs import GraphClassification, NodeClassification
+    from sparing.tasks.events.base import EventClassification
+    from sparing.tasks.events.estimator import SNNClassifier
+    from sparing.tasks.graphs import GraphClassification, GroupedNodeClassification, NodeClassification
     from sparing.tasks.images import ImageClassification
     from sparing.tasks.text import TextClassification
+    from sparing.tasks.text.language_modelling import score_texts
     from sparing.tasks.text.spans import postprocess_spans, squad_metrics
 
 __version__ = "0.1.0"
@@ -168,6 +200,7 @@ _HOMES = {
         "UntrustedCode",
     ),
     "sparing.core.export": ("Export",),
+    "sparing.core.fairness": ("delta_eo", "delta_sp"),
     "sparing.core.job": ("Job",),
     "sparing.core.ledger": ("Ledger",),
     "sparing.core.pipeline": ("plan", "run"),
@@ -178,22 +211,66 @@ _HOMES = {
     "sparing.core.transfer": ("Transfer",),
     "sparing.data.augmentation": ("Augment",),
     "sparing.data.ctr": ("CTREncoder", "CTRSchema", "Categorical", "Numeric"),
+    "sparing.data.events.framing": ("events_to_frames",),
+    "sparing.data.events.simulator": ("EventSimulator",),
+    "sparing.data.events.stream": ("EventRecordings", "EventStream"),
     "sparing.data.feature_map": ("FeatureMap",),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
+    "sparing.data_efficiency.analysis": ("DataAnalyzer",),
+    "sparing.data_efficiency.callbacks": (
+        "CurriculumCallback",
+        "TokenCount",
+        "TokenDroppingCallback",
+        "TokenLRCallback",
+    ),
+    "sparing.data_efficiency.config": ("DataEfficiency",),
+    "sparing.data_efficiency.curriculum": ("Curriculum",),
+    "sparing.data_efficiency.index": ("DifficultyIndex",),
+    "sparing.data_efficiency.metrics": ("Composed", "DifficultyMetric", "SequenceLength", "VocabularyRarity"),
+    "sparing.data_efficiency.pacing": ("PacingFunction",),
+    "sparing.data_efficiency.postprocessing": ("reshape_batch", "truncate_batch"),
+    "sparing.data_efficiency.sampler": (
+        "CurriculumCollate",
+        "CurriculumItems",
+        "CurriculumMetric",
+        "CurriculumSampler",
+    ),
+    "sparing.data_efficiency.token_dropping": ("DropTokens", "drop_tokens"),
+    "sparing.data_efficiency.tokens": ("TokenCounter", "TokenLR", "TokenLr"),
+    "sparing.distillation.fair_step": ("DistilFair",),
+    "sparing.distillation.fairness": ("equal_opportunity_loss", "soft_step", "statistical_parity_loss"),
+    "sparing.distillation.finetuning": ("FineTune", "layer_decay_groups"),
+    "sparing.distillation.frameworks": ("CPF", "GLNN", "GraphAKD", "SoftKD", "TeacherOutputs"),
     "sparing.distillation.logits": ("Distil", "DistillationLoss", "Teacher"),
+    "sparing.distillation.pretraining": ("Pretrain",),
+    "sparing.distillation.relations": (
+        "DistilRelations",
+        "RelationStudent",
+        "cls_kl",
+        "feature_smooth_l1",
+        "relation_kl",
+    ),
+    "sparing.distillation.reliant": ("BiasProxy", "FairDistiller"),
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
     "sparing.engine.tuner": ("tune_production",),
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
+    "sparing.models.mae": ("MAE", "ViTConfig", "load_vit", "mae_loss", "save_vit", "sincos_2d"),
+    "sparing.models.spiking.attention": ("MultiDimAttention",),
+    "sparing.models.spiking.gesture": ("GestureSNN",),
+    "sparing.models.spiking.neurons": ("LIF",),
+    "sparing.models.spiking.report": ("SpikeReport", "spike_report"),
+    "sparing.models.spiking.residual": ("MSResSNN",),
+    "sparing.models.spiking.streaming": ("SpikingStream", "StreamSpikes", "StreamingPredictor"),
     "sparing.models.xdeepint": ("MultiHeadInteraction", "PolynomialInteraction", "XDeepInt"),
-    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "GroupFtrl", "combined_optimizer"),
-    "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
-    "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
-    "sparing.optimization.leap_lightning": ("LEAPCallback",),
     "sparing.optimization.averaging": ("Ema",),
     "sparing.optimization.averaging_lightning": ("WeightAverage",),
+    "sparing.optimization.flatness": ("hessian_trace", "perturbation_flatness", "sharpness"),
+    "sparing.optimization.ftrl": ("FTRL", "CombinedOptimizer", "GroupFTRL", "GroupFtrl", "combined_optimizer"),
     "sparing.optimization.label_smoothing": ("SmoothLabels",),
+    "sparing.optimization.leap": ("LEAP", "Leap", "apply_leap", "leap_factor"),
+    "sparing.optimization.leap_lightning": ("LEAPCallback",),
     "sparing.optimization.min_norm": ("predict_limit",),
     "sparing.optimization.min_norm_regressor": ("MinNormRegressor",),
     "sparing.optimization.rpgd": ("RPGD", "Rpgd"),
@@ -203,20 +280,28 @@ _HOMES = {
     "sparing.tasks.ctr": ("ClickThrough",),
     "sparing.tasks.ctr.estimator": ("CTRClassifier",),
     "sparing.tasks.custom": ("CustomTask",),
-    "sparing.tasks.graphs": ("GraphClassification", "NodeClassification"),
+    "sparing.tasks.events.base": ("EventClassification",),
+    "sparing.tasks.events.estimator": ("SNNClassifier",),
+    "sparing.tasks.graphs": ("GraphClassification", "GroupedNodeClassification", "NodeClassification"),
     "sparing.tasks.images": ("ImageClassification",),
     "sparing.tasks.text": ("TextClassification",),
+    "sparing.tasks.text.language_modelling": ("score_texts",),
     "sparing.tasks.text.spans": ("postprocess_spans", "squad_metrics"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CPF",
     "FTRL",
+    "GLNN",
     "LEAP",
+    "LIF",
+    "MAE",
     "RPGD",
     "AuditBackdoor",
     "Augment",
     "BackdoorAudit",
+    "BiasProxy",
     "BlockMagnitudePruner",
     "BlockPrune",
     "BlockPruning",
@@ -231,6 +316,7 @@ __all__ = [
     "ClickThrough",
     "CombinedOptimizer",
     "Compile",
+    "Composed",
     "CondensationBackdoor",
     "Condense",
     "ConfidenceRule",
@@ -238,24 +324,46 @@ __all__ = [
     "CorruptFile",
     "CostModel",
     "CubicSchedule",
+    "Curriculum",
+    "CurriculumCallback",
+    "CurriculumCollate",
+    "CurriculumItems",
+    "CurriculumMetric",
+    "CurriculumSampler",
     "CustomTask",
     "DVFSGovernor",
+    "DataAnalyzer",
+    "DataEfficiency",
     "DataError",
+    "DifficultyIndex",
+    "DifficultyMetric",
     "Distil",
+    "DistilFair",
+    "DistilRelations",
     "DistillationLoss",
+    "DropTokens",
     "DropZeroRows",
     "EarlyExitPredictor",
     "Ema",
     "EnergyModel",
     "Engine",
+    "EventClassification",
+    "EventRecordings",
+    "EventSimulator",
+    "EventStream",
     "EveryExitPolicy",
     "ExitPredictor",
     "Export",
+    "FairDistiller",
     "FeatureMap",
+    "FineTune",
+    "GestureSNN",
+    "GraphAKD",
     "GraphClassification",
     "GraphSetCondenser",
     "GroupFTRL",
     "GroupFtrl",
+    "GroupedNodeClassification",
     "ImageClassification",
     "ImageCondenser",
     "IncompatibleStep",
@@ -269,8 +377,10 @@ __all__ = [
     "LegoPredictor",
     "LegoRuntime",
     "LockPattern",
+    "MSResSNN",
     "MinNormRegressor",
     "MissingDependency",
+    "MultiDimAttention",
     "MultiExitModel",
     "MultiHeadInteraction",
     "NoEffect",
@@ -280,33 +390,52 @@ __all__ = [
     "Numeric",
     "OptimisedTrigger",
     "OraclePolicy",
+    "PacingFunction",
     "PatchTrigger",
     "PixelSpace",
     "PlacedExitPolicy",
     "PolynomialInteraction",
     "PredictiveExit",
     "PredictiveExitPolicy",
+    "Pretrain",
     "Profile",
     "Quantize",
     "RecipeError",
+    "RelationStudent",
     "Reparametrization",
     "Rpgd",
+    "SNNClassifier",
     "ScalingOptimizer",
     "Selection",
+    "SequenceLength",
     "Shrink",
     "SmoothLabels",
+    "SoftKD",
     "SparingError",
+    "SpikeReport",
+    "SpikingStream",
     "Step",
     "StoreError",
+    "StreamSpikes",
+    "StreamingPredictor",
     "Task",
     "Teacher",
+    "TeacherOutputs",
     "TextClassification",
+    "TokenCount",
+    "TokenCounter",
+    "TokenDroppingCallback",
+    "TokenLR",
+    "TokenLRCallback",
+    "TokenLr",
     "Train",
     "TrainingDiverged",
     "Transfer",
     "UnknownName",
     "UnrolledCondenser",
     "UntrustedCode",
+    "ViTConfig",
+    "VocabularyRarity",
     "WarmupCosine",
     "WeightAverage",
     "WeightNormalization",
@@ -318,19 +447,29 @@ __all__ = [
     "bake",
     "build_model",
     "calibrate",
+    "cls_kl",
     "combined_optimizer",
     "compile_encoder",
     "compile_model",
     "cost_report",
+    "delta_eo",
+    "delta_sp",
     "detect_blocks",
     "distill_blocks",
+    "drop_tokens",
+    "equal_opportunity_loss",
+    "events_to_frames",
     "extract_blocks",
+    "feature_smooth_l1",
     "from_transformers",
     "hessian_trace",
+    "layer_decay_groups",
     "leap_factor",
     "load",
     "load_condensed",
+    "load_vit",
     "lock_pattern",
+    "mae_loss",
     "perturbation_flatness",
     "plan",
     "postprocess_spans",
@@ -339,14 +478,23 @@ __all__ = [
     "profile_blocks",
     "profile_latency",
     "quantize_ptq",
+    "relation_kl",
+    "reshape_batch",
     "run",
     "save_condensed",
+    "save_vit",
+    "score_texts",
     "sharpness",
     "shrink",
+    "sincos_2d",
+    "soft_step",
+    "spike_report",
     "squad_metrics",
+    "statistical_parity_loss",
     "step",
     "train_exits",
     "train_wordpiece",
+    "truncate_batch",
     "tune_production",
     "unit_direction",
     "weight_normalize",

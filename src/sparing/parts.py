@@ -31,6 +31,24 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.folder:ImageFolder",
             "Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.",
         ),
+        "coco_detection": Part(
+            "sparing.tasks.images.detection:CocoDetection",
+            "Your own images with boxes: a folder with annotation files in COCO's format, for detection.",
+        ),
+        "coco_segmentation": Part(
+            "sparing.tasks.images.segmentation:CocoSegmentation",
+            "Your own images with masks: a folder with annotation files in COCO's format, a class for each pixel.",
+        ),
+        "emoji80_detection": Part(
+            "sparing.tasks.images.detection:Emoji80Detection",
+            "Rendered scenes of emoji on photographs, 96×96, with boxes of 80 kinds: 3,000 to train on and 600 to "
+            "measure.",
+        ),
+        "emoji80_segmentation": Part(
+            "sparing.tasks.images.segmentation:Emoji80Segmentation",
+            "Rendered scenes of emoji on photographs, 96×96, a class for each pixel: 3,000 to train on and 600 to "
+            "measure.",
+        ),
         "sign_digits": Part(
             "sparing.tasks.images.sign_digits:SignDigits",
             "Sign-language digits: colour photographs of hands, 64×64, 10 classes, people disjoint (Mavi 2020).",
@@ -42,6 +60,22 @@ PARTS: dict[str, dict[str, Part]] = {
         "citeseer": Part(
             "sparing.tasks.graphs.published:Citeseer",
             "Citeseer: papers on computer science and their citations, 6 subjects (split of Yang et al. 2016).",
+        ),
+        "recidivism": Part(
+            "sparing.tasks.graphs.groups:Recidivism",
+            "Recidivism: 18,876 people released from prison, by whether they came back; groups by race.",
+        ),
+        "credit_default": Part(
+            "sparing.tasks.graphs.groups:CreditDefault",
+            "Credit default: 30,000 holders of credit cards, by whether they paid; groups by age.",
+        ),
+        "german_credit": Part(
+            "sparing.tasks.graphs.groups:GermanCredit",
+            "German credit: 1,000 clients of a bank, good ones or not; groups by gender.",
+        ),
+        "node_table": Part(
+            "sparing.tasks.graphs.groups:NodeTableTask",
+            "Your own graph of people: rows of a table with edges between them and a sensitive attribute, in an npz.",
         ),
         "mutag": Part(
             "sparing.tasks.graphs.sets:Mutag",
@@ -96,9 +130,36 @@ PARTS: dict[str, dict[str, Part]] = {
             "Your own table of rows with a label 0 or 1: a CSV, TSV or Parquet file, or a folder train/val/test of "
             "such.",
         ),
+        "gesture_events": Part(
+            "sparing.tasks.events.gestures:GestureEvents",
+            "Simulated events of hands that wave, circle, turn, approach and recede: 32×32 pixels, 8 motions, people "
+            "disjoint.",
+        ),
+        "dvs128_gesture": Part(
+            "sparing.tasks.events.gestures:DVSGesture",
+            "DVS128 Gesture: recordings of 11 hand and arm gestures by 29 people, 128×128 pixels (Amir et al. 2017).",
+        ),
+        "event_folder": Part(
+            "sparing.tasks.events.own:EventFolder",
+            "Your own recordings: a folder of class sub-folders of npz or AEDAT 3.1 files, with or without "
+            "train/val/test.",
+        ),
         "masked_lm": Part(
             "sparing.tasks.text.masked_lm:MaskedLM",
             "Masked language modelling: pre-train a text encoder on unlabelled texts (Devlin et al. 2019).",
+        ),
+        "tiny_shakespeare": Part(
+            "sparing.tasks.text.language_modelling:TinyShakespeare",
+            "Tiny Shakespeare: characters of 40,000 lines of plays, one after the other (Karpathy 2015).",
+        ),
+        "us_addresses": Part(
+            "sparing.tasks.text.language_modelling:UsAddresses",
+            "Addresses of US presidents: byte pairs of 124 documents since 1789, each line a sample of its own length.",
+        ),
+        "text_corpus": Part(
+            "sparing.tasks.text.language_modelling:TextCorpus",
+            'Your own corpus for language modelling: text files, or JSONL with the key "text", as characters or byte '
+            "pairs.",
         ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
@@ -138,13 +199,29 @@ PARTS: dict[str, dict[str, Part]] = {
             "Replace the training data by a few samples: synthetic ones that teach nearly as much, or a chosen core "
             "set.",
         ),
+        "curriculum": Part(
+            "sparing.data_efficiency.curriculum:Curriculum",
+            "Begin the next training with easy samples, or short ones, and let harder ones in as it goes on.",
+        ),
         "distil": Part(
             "sparing.distillation.logits:Distil",
             "Train a student on the labels and on a teacher's softened outputs.",
         ),
+        "drop_tokens": Part(
+            "sparing.data_efficiency.token_dropping:DropTokens",
+            "Let the middle layers compute a random part of the tokens in the next training, a part that grows to all.",
+        ),
         "drop_zero_rows": Part(
             "sparing.compression.zero_rows:DropZeroRows",
             "Drop the embedding rows of exact zeros of a click-through model: the same answers from fewer bytes.",
+        ),
+        "distil_relations": Part(
+            "sparing.distillation.relations:DistilRelations",
+            'Pre-train a small "mae_vit" on images without labels, by how a pre-trained teacher relates their parts.',
+        ),
+        "distil_fair": Part(
+            "sparing.distillation.fair_step:DistilFair",
+            "Distil a graph network into a student that treats two groups of nodes alike, by a proxy of bias.",
         ),
         "ema": Part(
             "sparing.optimization.averaging:Ema",
@@ -158,6 +235,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.optimization.ftrl:GroupFtrl",
             "Train embedding tables with group-lasso FTRL, which zeroes whole rows, and everything else with FTRL.",
         ),
+        "finetune": Part(
+            "sparing.distillation.finetuning:FineTune",
+            'Fine-tune a pre-trained "mae_vit" on labels, perhaps a few; early layers learn more slowly than later '
+            "ones.",
+        ),
         "leap": Part(
             "sparing.optimization.leap:Leap",
             "Multiply each parameter's learning rate in the next training by Gaussian noise of mean 1.",
@@ -165,6 +247,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "predictive_exit": Part(
             "sparing.adaptive.predictive_exit:PredictiveExit",
             "Let easy samples leave early: exits are trained, and forecasts say where a sample will be sure enough.",
+        ),
+        "pretrain": Part(
+            "sparing.distillation.pretraining:Pretrain",
+            'Pre-train a "mae_vit" on images without looking at their labels, as a masked autoencoder.',
         ),
         "quantize": Part(
             "sparing.compression.quantization:Quantize",
@@ -178,6 +264,14 @@ PARTS: dict[str, dict[str, Part]] = {
         "smooth_labels": Part(
             "sparing.optimization.label_smoothing:SmoothLabels",
             "Train towards labels that are a little unsure: each gives a share of its weight to all classes alike.",
+        ),
+        "token_lr": Part(
+            "sparing.data_efficiency.tokens:TokenLr",
+            "Let the learning rate of the next training follow the tokens consumed, and end it at a budget of them.",
+        ),
+        "stream": Part(
+            "sparing.models.spiking.streaming:StreamSpikes",
+            "Deploy a spiking network that keeps its state, so that frames are answered as they come.",
         ),
         "transfer": Part(
             "sparing.core.transfer:Transfer",
@@ -241,9 +335,37 @@ PARTS: dict[str, dict[str, Part]] = {
         ),
         "gat": Part("sparing.models.gnn:GAT", "Graph attention network (Veličković et al. 2018, arXiv:1710.10903)."),
         "gcn": Part("sparing.models.gnn:GCN", "Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907)."),
+        "gpt": Part(
+            "sparing.models.gpt:Gpt",
+            "Causal transformer for language modelling: pre-norm blocks, learned positions, a final norm (as GPT-2, "
+            "2019).",
+        ),
+        "gesture_snn": Part(
+            "sparing.models.spiking.gesture:GestureSNN",
+            "Spiking network for event frames: convolutions, then linear layers, each with gates and neurons of its "
+            "own.",
+        ),
         "graph_gcn": Part(
             "sparing.models.gnn:GraphClassifier",
             "Graph convolutions, a pool over the nodes and a linear layer: a class for each graph.",
+        ),
+        "cpf": Part(
+            "sparing.models.gnn_students:CPFStudent",
+            "Label propagation mixed with a perceptron: parameterised label propagation, PLP (Yang et al. 2021, "
+            "section 3.3).",
+        ),
+        "fair_student": Part(
+            "sparing.models.gnn_students:FairStudent",
+            "A student behind the mean of its proxy of bias: it takes features alone (Dong et al. 2023, RELIANT).",
+        ),
+        "glnn": Part(
+            "sparing.models.gnn_students:GLNNStudent",
+            "A perceptron on each node's own features, or on those of its neighbourhood with ``hops``.",
+        ),
+        "sgc_student": Part(
+            "sparing.models.gnn_students:SGCStudent",
+            "Three simple graph convolutions: SGC(1), ReLU, SGC(propagations), ReLU, SGC(1), dropout before the last "
+            "two.",
         ),
         "lenet": Part(
             "sparing.models.blocknet:LeNet",
@@ -253,11 +375,21 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.ctr:LogisticRegression",
             "Logistic regression on categorical fields: a weight for each id, and a bias.",
         ),
+        "mae_vit": Part(
+            "sparing.models.mae:MAEViT",
+            "Vision transformer with a class token, to be pre-trained without labels; classifies by the mean of its "
+            "patches.",
+        ),
         "mlp": Part("sparing.models.mlp:MLP", "Multilayer perceptron on flattened inputs."),
         "mobilenet": Part(
             "sparing.models.mobilenet:MobileNet",
             "Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear "
             "layer.",
+        ),
+        "ms_res_snn": Part(
+            "sparing.models.spiking.residual:MSResSNN",
+            "Residual spiking network for images: a stem, four stages that each halve the image, linear layer on mean "
+            "spikes.",
         ),
         "remapped_ids": Part(
             "sparing.models.ctr:RemappedIds",
@@ -270,6 +402,16 @@ PARTS: dict[str, dict[str, Part]] = {
         "sage": Part(
             "sparing.models.gnn:GraphSAGE",
             "GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).",
+        ),
+        "segmenter": Part(
+            "sparing.models.segmentation:SegmentationModel",
+            "Segmentation: a DeepLabv3 or PSPNet decoder on a backbone, and a plain auxiliary head on the stage "
+            "before.",
+        ),
+        "ssdlite": Part(
+            "sparing.models.detection:SSDLiteDetector",
+            "SSDLite: depth-wise detection heads on two stages of a backbone and on further halved maps (Sandler et "
+            "al. 2018).",
         ),
         "vgg11": Part(
             "sparing.models.blocknet:VGG11",
@@ -300,6 +442,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "module": Part(
             "sparing.core.predictor.module:ModulePredictor", "A torch module in evaluation mode, on arrays."
         ),
+        "spiking": Part(
+            "sparing.models.spiking.streaming:StreamingPredictor",
+            "A spiking network in torch that answers whole recordings, or step by step with the same outputs.",
+        ),
         "onnx": Part("sparing.core.predictor.onnx:OnnxPredictor", "An ONNX graph in an ONNX Runtime session."),
     },
     "operations": {
@@ -315,6 +461,10 @@ PARTS: dict[str, dict[str, Part]] = {
         "centre_crop": Part("sparing.data.preprocessing:CentreCrop", "Images → their central (height, width) part."),
         "channels_first": Part("sparing.data.preprocessing:ChannelsFirst", "(N, H, W, C) → (N, C, H, W), contiguous."),
         "to_float": Part("sparing.data.preprocessing:ToFloat", "Integers 0…``full`` → float32 0…1."),
+        "events_to_frames": Part(
+            "sparing.data.events.framing:EventsToFrames",
+            "Streams of events, or structured arrays with fields x, y, t and p → frames float32 (N, T, 2, x, y).",
+        ),
         "encode_fields": Part(
             "sparing.data.ctr:EncodeFields",
             "Rows, mappings of a column to its value → ids, int64 (n, F), as a :class:`CTREncoder` gives them.",
@@ -322,6 +472,22 @@ PARTS: dict[str, dict[str, Part]] = {
         "wordpiece": Part(
             "sparing.data.wordpiece:WordPiece",
             "Texts, or pairs of texts → numbers of word pieces, int64 (N, longest), padded behind.",
+        ),
+        "characters": Part(
+            "sparing.data.tokenizing:Characters",
+            "Texts → numbers of characters, int64 (N, longest), padded behind with 0.",
+        ),
+        "byte_pairs": Part(
+            "sparing.data.tokenizing:BytePairs",
+            "Texts → numbers of byte pairs, int64 (N, longest), padded behind with 0.",
+        ),
+        "detect_boxes": Part(
+            "sparing.data.boxes:DetectBoxes",
+            "A detector's logits, offsets and anchors → boxes, scores and labels for each image, best first.",
+        ),
+        "label_maps": Part(
+            "sparing.data.boxes:LabelMaps",
+            "Logits (N, classes, h, w) → the class of each pixel, int64 (N, height, width).",
         ),
         "normalise": Part("sparing.data.preprocessing:Normalise", "(N, C, …) → (x − mean) / std for each channel."),
     },

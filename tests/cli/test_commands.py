@@ -197,7 +197,7 @@ def test_data_list_and_check(tmp_path: Path, photos: Path, capfd: pytest.Capture
     document = json.loads(capfd.readouterr().out)
     present = {line["name"]: line["present"] for line in document["data"]}
     names = ("fashion_mnist", "cifar10", "cora", "citeseer", "mutag", "nci1", "proteins", "dd")
-    names += ("sst2", "ag_news", "trec", "hflights", "squad")
+    names += ("sst2", "ag_news", "trec", "hflights", "squad", "tiny_shakespeare", "us_addresses")
     assert present == dict.fromkeys(names, False)
     assert main(["data", "check", "fashion_mnist", "--data", str(tmp_path)]) == 1
     shown = capfd.readouterr().out

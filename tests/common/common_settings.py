@@ -13,16 +13,20 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sparing
+from coco_cases import coco_folder
+from event_files import dvs_files
 from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.data.graphs import PackedGraphs
 from sparing.data.images import LabelledImages
+from sparing.data.node_tables import save_node_table
 from sparing.data.preprocessing import ChannelsFirst, Decode, ToFloat
+from sparing.models.spiking.streaming import StreamSpikes
 from sparing.tasks.ctr.own import ClickTable
 from sparing.tasks.images.digits import Digits
-from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, graph_of, tiny_task
+from sparing.testing import ModelCase, StepCase, TaskCase, TinyGraph, TinyGraphs, TinyPeople, graph_of, tiny_task
 
 TRAIN = sparing.Train(id="first", epochs=1, batch_size=16, lr=0.02)
 BLOCKS = {"name": "blocknet", "num_classes": 3, "image_size": 8, "width": 4, "depth": 1}
@@ -62,6 +66,21 @@ def photographs() -> sparing.Task:
         preprocessing=preprocessing,
         capabilities={"images"},
     )
+
+
+def unlabelled_photographs() -> sparing.Task:
+    """The same, for a vision transformer that is to be pre-trained on them."""
+    task = photographs()
+    task.default_model = lambda: build_model("mae_vit", **TRUNK)
+    return task
+
+
+TRUNK = {
+    **{"in_channels": 1, "num_classes": 3, "image_size": 8, "patch_size": 4},
+    **{"dim": 8, "depth": 2, "heads": 2},
+}
+"""Fields of a mae_vit for :func:`unlabelled_photographs`."""
+DECODER = {"decoder_dim": 4, "decoder_depth": 1, "decoder_heads": 1}
 
 
 def small_photos(size: int = 16) -> sparing.Task:
@@ -127,6 +146,40 @@ def few_texts() -> sparing.Task:
     return FewTexts("colours", texts, [number % 2 for number in range(90)], length=10, vocab_size=60)
 
 
+def text_files(place: Path) -> Path:
+    """A folder of thirty small text files."""
+    if not any(place.iterdir()):
+        rows = [" ".join(row) for row in word_rows()]
+        for number in range(30):
+            (place / f"{number:02}.txt").write_text("\n".join(rows[number::30]), "utf8")
+    return place
+
+
+def lines() -> sparing.Task:
+    """The lines of :func:`text_files` as characters, in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = registered_task("text_corpus", path=str(text_files(Path(folder))), length=24, level="characters")
+        task.splits(None)
+    return task
+
+
+def sentences() -> sparing.Task:
+    """Texts of 3 to 8 words for language modelling, each a sample of its length."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sentences.txt"
+        path.write_text("\n".join(" ".join(row) for row in word_rows() * 2))
+        task = registered_task(
+            "text_corpus", path=str(path), length=24, level="characters", samples="lines", split="tail"
+        )
+        task.splits(None)
+    return task
+
+
+def no_difference(batch):
+    """Samples that are all equally difficult."""
+    return np.zeros(len(batch[0]), np.int64)
+
+
 def registered_task(name: str, **fields):
     """A registered task, built as a recipe builds it."""
     from sparing.core.registry import resolve
@@ -171,6 +224,38 @@ def clicks(kind: type[ClickTable] = ClickTable) -> sparing.Task:
     return kind(str(click_table(Path(clicks_folder().name))), exclude=["row"], val_share=0.2)
 
 
+def event_folder(place: Path) -> Path:
+    """A folder of class sub-folders with recordings of 8×8 pixels: bars that move to the right, or upwards."""
+    if any(place.iterdir()):
+        return place
+    draw = np.random.default_rng(0)
+    for label in ("right", "up"):
+        (place / label).mkdir(parents=True)
+        for number in range(24):
+            t = np.sort(draw.integers(0, 4000, 120))
+            along, across = (t // 500 + draw.integers(0, 2, 120)) % 8, draw.integers(0, 8, 120)
+            x, y = (along, across) if label == "right" else (across, along)
+            np.savez(place / label / f"{number}.npz", x=x, y=y, t=t, p=draw.integers(0, 2, 120))
+    return place
+
+
+def few_events() -> sparing.Task:
+    """The recordings of :func:`event_folder`, read, with a small model."""
+    from sparing.tasks.events.own import EventFolder
+
+    class FewEvents(EventFolder):
+        model = SMALL_SNN
+
+    with tempfile.TemporaryDirectory() as folder:
+        task = FewEvents(str(event_folder(Path(folder))), 8, 1000, 4, 1)
+        task.splits(None)
+        task.path, task.name = "bars", f"few events of {len(task.labels)} kinds"  # not the folder that is gone
+    return task
+
+
+SMALL_SNN = {"widths": [3, 4], "pools": [1, 2], "hidden": [5], "r_t": 2, "r_c": 2}
+"""Fields of a gesture_snn for :func:`few_events`."""
+
 STEPS = {
     "train": StepCase(
         sparing.Train(epochs=2, batch_size=16, lr=0.02, checkpoint_every_batches=1),
@@ -179,6 +264,17 @@ STEPS = {
     "distil": StepCase(
         sparing.Distil(teacher="first", model=STUDENT, epochs=2, batch_size=16, checkpoint_every_batches=1),
         before=(TRAIN,),
+        nothing="training moves the weights",
+    ),
+    "distil_fair": StepCase(
+        sparing.DistilFair(
+            teacher="first",
+            student={"name": "glnn", "hidden": 4, "hops": 1},
+            epochs=4,
+            checkpoint_every=1,
+        ),
+        before=(TRAIN,),
+        task=TinyPeople,
         nothing="training moves the weights",
     ),
     "block_prune": StepCase(
@@ -212,6 +308,27 @@ STEPS = {
         sparing.BlockScaling(sparsities=(0, 0.5), epochs=3, batch_size=16, lr=0.01, runs=2, max_bytes=2000),
         before=(TRAIN,),
         nothing=StepCase(sparing.BlockScaling(epochs=1), before=(TRAIN,), task=poolings, nothing="is the case"),
+    ),
+    "pretrain": StepCase(
+        sparing.Pretrain(epochs=2, **DECODER, batch_size=16, lr=0.01, checkpoint_every_batches=1),
+        task=unlabelled_photographs,
+        nothing="training moves the weights",
+    ),
+    "distil_relations": StepCase(
+        sparing.DistilRelations(
+            model={"name": "mae_vit", **TRUNK, "dim": 4, "heads": 1},
+            epochs=2,
+            batch_size=16,
+            lr=0.01,
+            checkpoint_every_batches=1,
+        ),
+        task=unlabelled_photographs,
+        nothing="training moves the weights",
+    ),
+    "finetune": StepCase(
+        sparing.FineTune(epochs=2, labels_per_class=4, batch_size=4, lr=0.01, mixup=0.8, checkpoint_every_batches=1),
+        task=unlabelled_photographs,
+        nothing="training moves the weights",
     ),
     "leap": StepCase(
         sparing.Leap(rho=0.5),
@@ -298,12 +415,42 @@ STEPS = {
         task=photographs,
         nothing=StepCase(sparing.Augment(crop="off", jitter=0), task=photographs, nothing="is the case"),
     ),
+    "stream": StepCase(
+        StreamSpikes(),
+        before=(TRAIN,),
+        task=few_events,
+        nothing=StepCase(
+            StreamSpikes(id="again"), before=(TRAIN, StreamSpikes()), task=few_events, nothing="is the case"
+        ),
+    ),
     "ema": StepCase(
         sparing.Ema(decay=0.9, use="best"),
         after=(LAST,),
         nothing="every training has weights to average",
     ),
     "smooth_labels": StepCase(sparing.SmoothLabels(), after=(LAST,), nothing="it always adds a term"),
+    "curriculum": StepCase(
+        sparing.Curriculum(
+            metrics={"sequence_length": {}, "vocabulary_rarity": {"start": 50}},
+            postprocess="truncate",
+            length={"start": 4},
+        ),
+        after=(PLAIN,),
+        task=sentences,
+        nothing=StepCase(sparing.Curriculum(metrics={"same": {}}, own={"same": no_difference}), nothing="is the case"),
+    ),
+    "drop_tokens": StepCase(
+        sparing.DropTokens(start=2, multiple=1),
+        after=(PLAIN,),
+        task=sentences,
+        nothing=StepCase(sparing.DropTokens(start=500), task=sentences, nothing="is the case"),
+    ),
+    "token_lr": StepCase(
+        sparing.TokenLr(),
+        after=(PLAIN,),
+        task=sentences,
+        nothing="every training has a learning rate",
+    ),
     "warmup_cosine": StepCase(
         sparing.WarmupCosine(warmup_share=0.25), after=(LAST,), nothing="every training has a learning rate"
     ),
@@ -350,6 +497,30 @@ def tu_files(place: Path) -> Path:
     return place
 
 
+def people_file(place: Path) -> Path:
+    """Sixty people with a sensitive attribute, and edges between them."""
+    path = place / "people.npz"
+    if not path.is_file():
+        draw = np.random.RandomState(0)
+        y = np.arange(60) % 2
+        x = draw.randn(60, 3) + y[:, None]
+        save_node_table(path, x, "abc", y, draw.randint(0, 60, (2, 150)), sens=np.arange(60) // 2 % 2)
+    return path
+
+
+def scenes(name: str) -> sparing.Task:
+    """The images of :func:`coco_folder` in memory, for detectors and segmenters."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = registered_task(name, path=str(coco_folder(Path(folder))), size=32)
+        splits = task.splits(None)
+        for part in (splits.train, splits.val, splits.calibration, splits.test):
+            part.fingerprint()
+    return task
+
+
+NARROW_BACKBONE = {"name": "mobilenet", "widths": [4, 6, 8, 8], "depths": [1, 1, 1, 1], "expansion": 2}
+
+
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
@@ -357,6 +528,10 @@ TASKS = {
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
+    "recidivism": lambda data, scratch: TaskCase(lambda: registered_task("recidivism"), data),
+    "credit_default": lambda data, scratch: TaskCase(lambda: registered_task("credit_default"), data),
+    "german_credit": lambda data, scratch: TaskCase(lambda: registered_task("german_credit"), data),
+    "node_table": lambda data, scratch: TaskCase(lambda: registered_task("node_table", path=str(people_file(scratch)))),
     "mutag": lambda data, scratch: TaskCase(
         lambda: registered_task("mutag"), data, repeats="6 pairs of its molecules are the same graph"
     ),
@@ -380,7 +555,36 @@ TASKS = {
         lambda: registered_task("click_table", path=str(click_table(scratch)), exclude=["row"]),
         repeats="rows are known by six shops and 64 bins of prices",
     ),
+    "gesture_events": lambda data, scratch: TaskCase(lambda: registered_task("gesture_events"), data),
+    "dvs128_gesture": lambda data, scratch: TaskCase(
+        lambda: registered_task("dvs128_gesture", dt_us=1000, T=4, downsample=16), dvs_files(scratch)
+    ),
+    "event_folder": lambda data, scratch: TaskCase(
+        lambda: registered_task("event_folder", path=str(event_folder(scratch)), side=8, dt_us=1000, T=4, downsample=1)
+    ),
     "masked_lm": lambda data, scratch: TaskCase(lambda: registered_task("masked_lm", copies=2), data),
+    "tiny_shakespeare": lambda data, scratch: TaskCase(lambda: registered_task("tiny_shakespeare"), data),
+    "us_addresses": lambda data, scratch: TaskCase(
+        lambda: registered_task("us_addresses", vocab_size=600),
+        data,
+        repeats="some lines, such as greetings, are in many addresses",
+        weight=lambda batch: int(batch["attention_mask"][:, 1:].sum()),
+    ),
+    "text_corpus": lambda data, scratch: TaskCase(
+        lambda: registered_task("text_corpus", path=str(text_files(scratch)), length=24, vocab_size=260)
+    ),
+    "coco_detection": lambda data, scratch: TaskCase(
+        lambda: registered_task("coco_detection", path=str(coco_folder(scratch)), size=32)
+    ),
+    "coco_segmentation": lambda data, scratch: TaskCase(
+        lambda: registered_task("coco_segmentation", path=str(coco_folder(scratch)), size=32)
+    ),
+    "emoji80_detection": lambda data, scratch: TaskCase(
+        lambda: registered_task("emoji80_detection", train_limit=200, test_limit=40), data
+    ),
+    "emoji80_segmentation": lambda data, scratch: TaskCase(
+        lambda: registered_task("emoji80_segmentation", train_limit=200, test_limit=40), data
+    ),
     "image_folder": lambda data, scratch: TaskCase(
         lambda: registered_task("image_folder", path=str(image_folder(scratch)), size=8)
     ),
@@ -390,9 +594,13 @@ NEEDS_DATA = frozenset(
     {
         "fashion_mnist",
         "cifar10",
+        "gesture_events",
         "sign_digits",
         "cora",
         "citeseer",
+        "recidivism",
+        "credit_default",
+        "german_credit",
         "mutag",
         "nci1",
         "proteins",
@@ -403,6 +611,10 @@ NEEDS_DATA = frozenset(
         "masked_lm",
         "squad",
         "hflights",
+        "tiny_shakespeare",
+        "us_addresses",
+        "emoji80_detection",
+        "emoji80_segmentation",
     }
 )
 
@@ -415,11 +627,33 @@ MODELS = {
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),
     "gcn": ModelCase("gcn", TinyGraph, {"hidden": 8}, apart=False),
+    "gpt": ModelCase("gpt", lines, {"dim": 16, "depth": 3, "heads": 2, "dropout": 0.0}),
+    "gesture_snn": ModelCase("gesture_snn", few_events, SMALL_SNN),
+    "ms_res_snn": ModelCase(
+        "ms_res_snn",
+        partial(small_photos, 32),
+        {"num_classes": 3, "T": 2, "r_c": 2, "widths": [4, 4, 4, 4], "blocks": [1, 1, 1, 1]},
+    ),
     "lenet": ModelCase("lenet", small_photos, {"in_channels": 3, "num_classes": 3, "image_size": 16}),
     "vgg11": ModelCase("vgg11", partial(small_photos, 32), {"num_classes": 3, "width": 2}),
     "sage": ModelCase("sage", TinyGraph, {"hidden": 8}, apart=False),
+    "cpf": ModelCase("cpf", TinyPeople, {"num_nodes": 120, "num_layers": 3, "hidden": 4}, apart=False),
+    "fair_student": ModelCase("fair_student", TinyPeople, {"student": {"name": "glnn", "hidden": 4}}, apart=False),
+    "glnn": ModelCase("glnn", TinyPeople, {"hidden": 4, "hops": 2}, apart=False),
+    "sgc_student": ModelCase("sgc_student", TinyPeople, {"hidden": 4}, apart=False),
     "graph_gcn": ModelCase("graph_gcn", TinyGraphs, {"hidden": 8, "depth": 2}, sample=graph_of),
+    "mae_vit": ModelCase("mae_vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "mobilenet": ModelCase("mobilenet", small_photos, {"num_classes": 3, "image_size": 16, "widths": [4, 6, 8, 8]}),
+    "segmenter": ModelCase(
+        "segmenter",
+        partial(scenes, "coco_segmentation"),
+        {"backbone": NARROW_BACKBONE, "num_classes": 3, "channels": 6, "dilations": [1, 2], "stage": 3},
+    ),
+    "ssdlite": ModelCase(
+        "ssdlite",
+        partial(scenes, "coco_detection"),
+        {"backbone": NARROW_BACKBONE, "num_classes": 2, "image_size": 32, "extra_channels": [8]},
+    ),
     "resnet": ModelCase("resnet", Digits, {"widths": [4, 8], "depths": 1}),
     "vit": ModelCase("vit", Digits, {"patch_size": 2, "dim": 8, "depth": 2, "heads": 2}),
     "lr": ModelCase("lr", clicks),

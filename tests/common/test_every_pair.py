@@ -44,4 +44,6 @@ def test_pair(first, second, store):
         assert done.ledger.ids == tuple(step.id for step in steps)
     except SparingError as error:
         refused = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    assert not refused or "'one'" in refused or "'two'" in refused, f"refused, but which step? {refused}"
+    # a step that closes one of the cases may find that the other's task has nothing for it
+    named = ("one", "two", *(step.id for step in after))
+    assert not refused or any(f"'{id_}'" in refused for id_ in named), f"refused, but which step? {refused}"

@@ -20,13 +20,20 @@ ENTRIES = [(kind, name) for kind in PARTS for name in PARTS[kind]]
 NOT_BY_NAME = {
     "AdjacencyGCN": "takes an adjacency matrix, which no task's batch holds",
     "AdjacencySGC": "takes an adjacency matrix, which no task's batch holds",
+    "EventClassification": "is the base of tasks on events",
+    "Detection": "is the base of detection tasks",
+    "Segmentation": "is the base of segmentation tasks",
+    "AnnotatedImages": "is the base of tasks in COCO's format",
     "CustomTask": "is made of live data sets and functions",
     "ExitTask": "is another task as a network with exits sees it",
     "ImageClassification": "is the base of image tasks",
     "TextClassification": "is made of lists of texts",
     "Live": "wraps the model in training for its validation",
     "_Published": "is the base of published sets",
+    "_PublishedTable": "is the base of published tables",
     "_InMemory": "is made of the arrays an estimator is fitted on",
+    "OwnLoss": "is another task as a model sees it that computes its own loss",
+    "_Unlabelled": "is made of the arrays an estimator is fitted on",
     "_Recorder": "stands in for another predictor while it is fed",
 }
 """Classes that no recipe and no folder can name, and why."""

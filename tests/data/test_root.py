@@ -166,6 +166,8 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
         ("trec", False),
         ("hflights", False),
         ("squad", False),
+        ("tiny_shakespeare", False),
+        ("us_addresses", False),
     ]
     found = catalogue.check("cifar10", tmp_path)
     assert not found.ok

@@ -241,7 +241,5 @@ def test_a_tokenizer_file_is_read_and_another_kind_is_refused(tmp_path):
 
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(
-        ImportError, match=r"cutting texts into word pieces needs the package 'tokenizers': pip install"
-    ):
+    with pytest.raises(ImportError, match=r"cutting texts into pieces needs the package 'tokenizers': pip install"):
         module.train_wordpiece(["a"])

@@ -121,6 +121,41 @@ def test_the_rarity_and_its_composition_are_the_formulas(tmp_path):
     assert indexes["seqlen_vocab_rarity"].sample_to_metric.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("pad", [0, 7, -1, 99], ids=str)
+def test_padding_may_be_any_number(pad):
+    """Within the vocabulary or outside it, and a mask says the same."""
+    found = np.where(tokens() == 0, pad, tokens() + (pad == 7) * 8)
+    real = found != pad
+    counts = np.arange(1, 32)
+    by_number = VocabularyRarity(30, TokenFields(pad_id=pad), counts).values(found)
+    masked = {"input_ids": found, "attention_mask": real.astype(np.int64)}
+    assert by_number.tolist() == VocabularyRarity(30, TokenFields(), counts).values(masked).tolist()
+    a = -np.log(counts / counts.sum())
+    assert by_number.tolist() == [int(a[row[keep]].sum()) for row, keep in zip(found, real, strict=True)]
+    with pytest.raises(DataError, match="token number 31"):
+        VocabularyRarity(30, TokenFields(pad_id=pad), counts).values(np.array([[31, 1]]))
+
+
+def test_a_shard_that_turns_real_is_real(tmp_path):
+    """Whole numbers in its first batch, others in the second."""
+    values = np.array([[3.0], [1.0], [0.5], [2.25]])
+    metric = FunctionMetric("mixed", lambda batch: batch[:, 0] if (batch % 1).any() else batch[:, 0].astype(int))
+    index = DataAnalyzer(values, [metric], tmp_path, batch_size=2).run()["mixed"]
+    assert index.sample_to_metric.tolist() == values[:, 0].tolist()
+    assert index.ids.tolist() == [2, 1, 3, 0]
+
+
+def test_a_mapping_is_renewed_before_too_much_was_read_through_it(tmp_path, monkeypatch):
+    np.save(tmp_path / "tokens.npy", tokens())
+    mapped = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    renewed = []
+    reopened = analysis._reopened
+    monkeypatch.setattr(analysis, "_reopened", lambda data: renewed.append(1) or reopened(data))
+    monkeypatch.setattr(analysis, "MAPPED", 10 * mapped.nbytes // 60)
+    lengths(tmp_path / "out", mapped, batch_size=5, version="v1")
+    assert len(renewed) == 6
+
+
 def test_sample_numbers_in_a_batch_decide_the_place(tmp_path):
     order = np.random.default_rng(1).permutation(60)
     found = tokens()
@@ -291,6 +326,12 @@ def broken(batch: Any) -> np.ndarray:
 def test_bad_values_are_named(tmp_path, function, named):
     with pytest.raises(DataError, match=named):
         DataAnalyzer(np.arange(20)[:, None], [FunctionMetric("m", function, "1")], tmp_path, batch_size=5).run()
+
+
+def test_items_that_make_no_batch_are_named(tmp_path):
+    data = [torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([1, 2, 3])]
+    with pytest.raises(DataError, match=r"samples 0 … 2 cannot be made a batch: RuntimeError: stack expects"):
+        DataAnalyzer(data, [SequenceLength(PADDED)], tmp_path).run()
 
 
 def test_an_error_in_a_process_ends_the_analysis(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from sparing.core.errors import CorruptFile, InvalidValue
 from sparing.data_efficiency.analysis import DataAnalyzer
@@ -78,7 +79,8 @@ def config(tmp_path) -> dict[str, Any]:
 
 def test_a_configuration_becomes_sampler_dropping_and_schedule(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"data_efficiency": config}))
-    for given in (config, tmp_path / "config.json"):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data_efficiency": config}))
+    for given in (config, tmp_path / "config.json", str(tmp_path / "config.yaml")):
         read = DataEfficiency.from_config(given)
         sampler = read.sampler(4, samples=40)
         assert len(sampler) == 30
@@ -132,6 +134,13 @@ def test_bad_keys_and_values_are_named(config, path, value, named):
     inside[path[-1]] = value
     with pytest.raises(InvalidValue, match=named):
         DataEfficiency.from_config(changed)
+
+
+def test_files_that_are_no_yaml_are_refused_with_the_line(tmp_path):
+    for text in ("a: [", "enabled: &x true\nseed: *x", "a: !!python/object:os.system 1"):
+        (tmp_path / "bad.yml").write_text(text)
+        with pytest.raises(CorruptFile, match=r"bad\.yml:\d"):
+            DataEfficiency.from_config(tmp_path / "bad.yml")
 
 
 def test_files_that_are_no_json_are_refused(tmp_path):

@@ -22,6 +22,7 @@ from sparing.data_efficiency.pacing import (
     pacing_from_config,
     root,
 )
+from sparing.data_efficiency.postprocessing import reshape_batch
 from sparing.data_efficiency.tokens import (
     TokenCounter,
     TokenLR,
@@ -168,6 +169,29 @@ def test_planned_tokens_are_those_of_a_training():
 
 
 # --- the rate
+
+
+def test_padding_is_computed_but_not_consumed():
+    counter = TokenCounter(4, 2)
+    counter.add(3, 10, 5, real=12)
+    assert (counter.tokens, counter.layer_tokens) == (12 * effective_length(10, 5, 4, 2) // 10, 3 * (2 * 5 + 2 * 10))
+    whole, told = TokenCounter(4, 2), TokenCounter(4, 2)
+    whole.add(3, 10, 5)
+    told.add(3, 10, 5, real=30)
+    assert whole.state_dict() == told.state_dict()
+    with pytest.raises(InvalidValue, match="real = 31 tokens in 3 rows of 10; at most 30"):
+        counter.add(3, 10, 5, real=31)
+
+
+@pytest.mark.parametrize("shifted", [True, False], ids=["shifted", "apart"])
+def test_reshaped_rows_are_foreseen(shifted):
+    pace, width = linear(3, 16, 9), 16 + shifted
+    counter = TokenCounter()
+    for step in range(1, 12):
+        rows = reshape_batch(torch.zeros(5, width), int(pace(step)), shifted=shifted)
+        counter.add(len(rows), rows.shape[1] - shifted)
+    planned = planned_tokens(11, 5, 16, curriculum=pace, reshaped=shifted)
+    assert planned.state_dict() == counter.state_dict()
 
 
 def test_the_rate_at_points_computed_by_hand():

@@ -20,6 +20,13 @@ def test_estimate_by_hand():
     assert "4.6 pJ per fp32 MAC" in note
 
 
+def test_an_addition_costs_what_the_table_says():
+    value, note = estimate_mj(replace(FP32, fetched_bytes=0, accumulates=2_000_000))
+    assert value == pytest.approx(4.6e-3 + 2 * 0.9e-3)
+    assert "0.9 pJ per addition that a spike asks for" in note
+    assert "addition" not in estimate_mj(FP32)[1]
+
+
 def test_what_an_answer_does_not_read_costs_nothing():
     assert estimate_mj(replace(FP32, fetched_bytes=0))[0] == pytest.approx(4.6e-3)
 

@@ -84,3 +84,16 @@ def test_exported_it_computes_the_same() -> None:
     images = torch.randn(5, 3, 32, 32)
     graph = to_onnx(model, (images[:2],))
     np.testing.assert_allclose(graph(images.numpy()), model(images).detach().numpy(), atol=1e-4)
+
+
+def test_features_only_is_the_classifiers_trunk() -> None:
+    classifier, backbone = MobileNet(num_classes=7).eval(), MobileNet(features_only=True).eval()
+    assert backbone.embed_dims == (16, 24, 40, 64)
+    assert not any(name.startswith("head.") for name in backbone.state_dict())
+    backbone.load_checkpoint(classifier.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    features = backbone(images)
+    assert [tuple(map_.shape[1:]) for map_ in features] == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (64, 4, 4)]
+    torch.testing.assert_close(classifier.head(features[-1].mean((2, 3))), classifier(images))  # type: ignore[misc]
+    with pytest.raises(InvalidValue, match=r"head\.weight: \(7, 64\), here \(10, 64\)"):
+        MobileNet().load_checkpoint(classifier.state_dict())

@@ -11,6 +11,8 @@ from sparing.core.predictor import Description
 
 MAC_PJ = {"fp32": 0.9 + 3.7, "fp16": 0.4 + 1.1, "bf16": 0.4 + 1.1, "int8": 0.1 + 0.2}
 """Picojoules of one multiply-accumulate: add + multiply of the format (int8: 8-bit multiply, 32-bit add)."""
+ADD_PJ = {"fp32": 0.9, "fp16": 0.4, "bf16": 0.4, "int8": 0.1}
+"""Picojoules of one addition alone, which is all that a spike asks of a synapse."""
 DRAM_PJ_PER_BYTE = 1950 / 8
 """Mid-point of 1.3–2.6 nJ for a 64-bit word."""
 MODEL = "Horowitz, ISSCC 2014, 45 nm"
@@ -31,7 +33,11 @@ def estimate_mj(description: Description) -> tuple[float | None, str]:
     dearest = max(formats, key=MAC_PJ.__getitem__)
     read = description.model_bytes if description.fetched_bytes is None else description.fetched_bytes
     compute, fetch = description.macs * MAC_PJ[dearest], read * DRAM_PJ_PER_BYTE
-    note = f"{MODEL}: {MAC_PJ[dearest]:.1f} pJ per {dearest} MAC, model bytes from DRAM once at 1.95 nJ per 8 bytes"
+    prices = f"{MAC_PJ[dearest]:.1f} pJ per {dearest} MAC"
+    if description.accumulates is not None:
+        compute += description.accumulates * ADD_PJ[dearest]
+        prices += f", {ADD_PJ[dearest]:.1f} pJ per addition that a spike asks for"
+    note = f"{MODEL}: {prices}, model bytes from DRAM once at 1.95 nJ per 8 bytes"
     return (compute + fetch) * 1e-9, note
 
 

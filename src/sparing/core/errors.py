@@ -72,10 +72,14 @@ class StoreError(SparingError):
 
 
 class MissingDependency(SparingError, ImportError):
-    """An optional package is needed; the message holds the command that installs it."""
+    """An optional package is needed; the message holds the command that installs it.
+
+    ``extra`` is the extra of Sparing that has it; "" for one that Sparing never installs.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}: pip install 'sparing[{extra}]'")
+        wanted = f"'sparing[{extra}]'" if extra else package
+        super().__init__(f"{purpose} needs the package {package!r}: pip install {wanted}")
 
 
 def shown(value: Any, limit: int = 120) -> str:

@@ -39,6 +39,7 @@ FOLDER_BYTES = "folder bytes"
 PARAMETERS = "parameters"
 NONZERO = "non-zero parameters"
 MACS = "MACs"
+ADDITIONS = "additions"
 P50 = "latency p50"
 P99 = "latency p99"
 RAW_P50 = "latency p50 with preprocessing"
@@ -57,6 +58,7 @@ RATIOS = (
     PARAMETERS,
     NONZERO,
     MACS,
+    ADDITIONS,
     P50,
     P99,
     RAW_P50,

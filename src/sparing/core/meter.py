@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
@@ -23,7 +24,7 @@ from sparing.core.clock import Timing, clock
 from sparing.core.energy import counter_missing, estimate_mj
 from sparing.core.errors import InvalidValue, SparingError, UntrustedCode
 from sparing.core.ledger import Figure
-from sparing.core.predictor import Description, ModulePredictor, Predictor, to_onnx
+from sparing.core.predictor import Description, ModulePredictor, Operations, Predictor, to_onnx
 from sparing.core.predictor.module import samples_of
 from sparing.core.predictor.tree import map_leaves, to_numpy
 from sparing.core.probe import Probe, probe
@@ -106,19 +107,28 @@ class Meter:
         if self.min_seconds > self.max_seconds:
             raise InvalidValue(f"min_seconds = {self.min_seconds} is more than max_seconds = {self.max_seconds}")
 
-    def measure(self, task: Task, predictor: Predictor, split: Any) -> Measurement:
+    def measure(self, task: Task, predictor: Predictor, split: Any, source: Predictor | None = None) -> Measurement:
         """All columns that can be measured on a predictor; ``split`` is the task's test split.
 
         ``predictor`` is measured as it is: hand in what :func:`comparable` returns. What the row cost to make is the
-        pipeline's to add, and the break-even point the ledger's.
+        pipeline's to add, and the break-even point the ledger's. ``source`` is what ``predictor`` was exported from: it
+        is asked for operations that depend on the data.
         """
         quality = self.quality(task, predictor, split)
-        return Measurement(quality.figures | self.costs(task, predictor), quality.outcomes, quality.by_class)
+        operations = (predictor if source is None else source).operations_on(task, split)
+        costs = self.costs(task, predictor, operations)
+        return Measurement(quality.figures | costs, quality.outcomes, quality.by_class)
 
-    def costs(self, task: Examples, predictor: Predictor) -> dict[str, Figure]:
-        """Sizes, counts, times, memory and energy; the inputs are the task's examples."""
+    def costs(self, task: Examples, predictor: Predictor, operations: Operations | None = None) -> dict[str, Figure]:
+        """Sizes, counts, times, memory and energy; the inputs are the task's examples.
+
+        ``operations``: those of a sample where they depend on the data, instead of the predictor's own count.
+        """
         figures: dict[str, Figure] = {}
         description = predictor.describe()
+        if operations is not None:
+            macs, accumulates, rule = operations.macs, operations.accumulates, operations.rule
+            description = replace(description, macs=macs, accumulates=accumulates, macs_rule=rule)
         with self._threads_of(predictor), tempfile.TemporaryDirectory(prefix="sparing-meter-") as scratch:
             inputs, several = (map_leaves(to_numpy, task.example_input(count)) for count in (1, self.batch))
             timings = self._timings(task, predictor, inputs, several)
@@ -306,6 +316,8 @@ def _sizes(description: Description, folder: Path | None, refused: str) -> dict[
         total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != card)
         whole = Figure(total, "B", note=f"all files but {card}")
     counts = {columns.PARAMETERS: description.parameters, columns.NONZERO: description.nonzero}
+    rule = description.macs_rule
+    added = description.accumulates
     return {
         columns.MODEL_BYTES: Figure(description.model_bytes, "B", note="payload files"),
         columns.FOLDER_BYTES: whole,
@@ -313,9 +325,10 @@ def _sizes(description: Description, folder: Path | None, refused: str) -> dict[
             name: _none("", "not known for this kind of predictor") if count is None else Figure(count)
             for name, count in counts.items()
         },
-        columns.MACS: _none("", description.macs_rule or "not counted")
+        columns.MACS: _none("", rule or "not counted")
         if description.macs is None
-        else Figure(description.macs, "", "derived", note=description.macs_rule),
+        else Figure(description.macs, "", "derived", note=rule),
+        **({} if added is None else {columns.ADDITIONS: Figure(added, "", "derived", note=rule)}),
     }
 
 

@@ -811,7 +811,7 @@ def _measure(
     meter, task = job.meter, job.task
 
     def compute() -> dict[str, Any]:
-        figures, outcomes, by_class = meter.measure(task, deployed, test)
+        figures, outcomes, by_class = meter.measure(task, deployed, test, job.predictor)
         return {
             "row": {"figures": {name: asdict(f) for name, f in figures.items()}, "by_class": dict(by_class)},
             "outcomes": {} if outcomes is None else {"headline": np.asarray(outcomes)},

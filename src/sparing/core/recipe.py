@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sparing.core.errors import RecipeError, SparingError, UnknownName, did_you_mean, shown
+from sparing.core import files
+from sparing.core.errors import CorruptFile, RecipeError, SparingError, UnknownName, did_you_mean, shown
 from sparing.core.registry import resolve
 from sparing.core.step import InvalidFields, Step
 
@@ -162,6 +163,21 @@ def parse_recipe(text: str, name: str = "recipe", file: str = "<text>", override
     if overrides:
         text = f"# {name} with --set {shown(list(overrides), 1000)}\n" + yaml.safe_dump(_plain(tree), sort_keys=False)
     return Recipe(task, tuple(steps), model, isinstance(model, Path), seed, _plain(meter), name, text, tuple(places))
+
+
+def read_yaml(path: Path) -> Any:
+    """A document of plain values from a YAML file, read as recipes are: no tags, no anchors, no endless depth.
+
+    Raises :class:`CorruptFile` for a file that is none, with the lines.
+    """
+    text = files.read_bytes(path).decode(errors="replace")
+    if len(text) > MAX_BYTES:
+        raise CorruptFile(f"{path}: larger than {MAX_BYTES} bytes, which no settings need")
+    problems: list[str] = []
+    tree = _Reader(text, str(path), problems).read()
+    if problems:
+        raise CorruptFile("\n".join(problems))
+    return _plain(tree)
 
 
 class _Refused(Exception):

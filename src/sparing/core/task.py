@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparing.core.predictor import Predictor, Preprocessing
+    from sparing.core.predictor import Operation, Predictor, Preprocessing
 
 IGNORED = -100
 """The class of what counts for nothing, as torch's cross-entropy has it."""
@@ -67,6 +67,8 @@ class Task(ABC):
     loss_reduction: ClassVar[Literal["mean", "sum"]] = "mean"
     preprocessing: Preprocessing | None = None
     """Turns raw inputs into model inputs; saved with every predictor of this task."""
+    postprocessing: Operation | None = None
+    """Turns a model's outputs into answers where they are none yet, as boxes are made of a detector's; saved, too."""
     labels: Sequence[str] = ()
     collate: Callable[[list[Any]], Any] | None = None
 

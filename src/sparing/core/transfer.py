@@ -46,6 +46,33 @@ def transfer_model(model: nn.Module, old: Task, new: Task) -> tuple[nn.Module, l
     return moved, begun
 
 
+def build_on(model: nn.Module, old: Task, new: Task, wanted: str | dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """(another model for the task ``new``, on ``model`` as its backbone; names of its layers that begin anew).
+
+    ``wanted`` names a registered model with a field ``backbone`` and a method ``load_backbone``, as detectors and
+    segmenters have; its backbone is built with the fields of ``model`` and takes over its weights. Raises
+    :class:`IncompatibleStep` for a model built by hand and for one that cannot stand on another.
+    """
+    from sparing.core.predictor import build_model, spec_of
+    from sparing.core.predictor.module import named_model
+
+    spec = spec_of(model)
+    if spec is None:
+        raise IncompatibleStep(
+            f"{type(model).__name__} was built by hand, so it cannot be built again as a backbone: make it with "
+            "build_model"
+        )
+    name, fields = named_model(wanted, "model")
+    trunk = {field: value for field, value in spec.config.items() if field not in old.model_fields()}
+    moved = build_model(name, new, **{"backbone": {"name": spec.builder, **trunk}, **fields})
+    load: Any = getattr(moved, "load_backbone", None)
+    if load is None:
+        raise IncompatibleStep(f"the model {name!r} has no load_backbone, so it cannot stand on {spec.builder!r}")
+    load(model.state_dict())
+    begun = [child for child, part in moved.named_children() if child != "backbone" and part.state_dict()]
+    return moved, begun
+
+
 def _take_over(moved: nn.Module, state: dict[str, Any], where: str) -> list[str]:
     import torch
 
@@ -104,10 +131,16 @@ class Transfer(Step):
 
     task: str | dict[str, Any] | Task
     """The task to go on with: a registered one's name or {name: …, field: value}, or a task made in Python."""
+    model: str | dict[str, Any] | None = None
+    """A model that takes the trained one as its backbone, such as ssdlite or {name: segmenter, field: value}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_task()
+        if self.model is not None:
+            from sparing.core.predictor.module import named_model
+
+            named_model(self.model, "model")
 
     @cached_property
     def _target(self) -> Task:
@@ -142,7 +175,10 @@ class Transfer(Step):
             raise NoEffect(f"{self.id!r}: the job is on the task {task.name!r} already, with the same definition")
         splits = task.splits(job.root)
         with isolated_rng("transfer", job.seed, self.id):
-            model, begun = transfer_model(job.fresh_model(), job.task, task)
+            if self.model is None:
+                model, begun = transfer_model(job.fresh_model(), job.task, task)
+            else:
+                model, begun = build_on(job.fresh_model(), job.task, task, self.model)
         job.notes.remarks.append(f"{job.task.name} → {task.name}; begun anew: {', '.join(begun) or 'no layer'}")
         return job.replace(
             task=task,

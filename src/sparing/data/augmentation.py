@@ -20,8 +20,10 @@ from pydantic import Field
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, NoEffect
 from sparing.core.files import canonical_json
 from sparing.core.step import Stage, Step, step
+from sparing.core.task import IGNORED
+from sparing.data.coco import Boxes, DenseImages, Target, nearest
 from sparing.data.images import LabelledImages
-from sparing.data.preprocessing import Decode
+from sparing.data.preprocessing import Decode, Normalise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -458,6 +460,148 @@ class AugmentedImages(LabelledImages):
         return hashlib.sha256(f"{self.plain.fingerprint()}\n{canonical_json(settings)}".encode()).hexdigest()
 
 
+class PairedImages(AugmentedImages):
+    """Two views of each image, cut in the same way: map-style dataset of (first, second), float tensors (C, H, W).
+
+    Args:
+        images: whose labels are not looked at.
+        operations: what both views pass through.
+        second: what the second view passes through after that; it must keep the size.
+        mean: mean of each channel in 0…1 by which the first view is normalised in place of the images' own
+            preprocessing, or None.
+        std: standard deviation of each channel in 0…1, with ``mean``.
+    """
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        operations: Sequence[Augmentation],
+        second: Sequence[Augmentation] = (),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(images, operations)
+        if (mean is None) != (std is None):
+            raise InvalidValue(f"PairedImages: mean = {mean}, std = {std}; both or neither are expected")
+        self.second, self.moments = tuple(second), (mean, std)
+        self.first_floats = self._stages[1]
+        if mean is not None and std is not None:
+            kept = tuple(operation for operation in self._stages[1] if not isinstance(operation, Normalise))
+            self.first_floats = (*kept, Normalise(tuple(mean), tuple(std)))
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(float32 (n, C, H, W), the same) at ``indices``."""
+        first = second = self.pixels(np.asarray(indices, dtype=np.int64))
+        for operation in self.second:
+            second = operation(second)
+        views = []
+        for view, operations in ((first, self.first_floats), (second, self._stages[1])):
+            for function in operations:
+                view = function(view)
+            views.append(view)
+        return views[0], views[1]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """Many pairs at the price of one call; torch's data loader uses it."""
+        import torch
+
+        first, second = self.batch(indices)
+        return list(zip(torch.from_numpy(first).unbind(0), torch.from_numpy(second).unbind(0), strict=True))
+
+    def _derive(self, rows: np.ndarray | None = None, corrupt: Any = None) -> LabelledImages:
+        return PairedImages(self.plain._derive(rows, corrupt), self.augmentations, self.second, *self.moments)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        settings = [[type(operation).__name__, asdict(operation)] for operation in self.second]  # type: ignore[call-overload]
+        own = canonical_json([settings, self.moments])
+        return hashlib.sha256(f"{super()._fingerprint}\n{own}".encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- boxes and masks
+
+
+def seen_through(
+    image: np.ndarray, target: Target, window: tuple[int, int, int, int], flip: bool = False
+) -> tuple[np.ndarray, Target]:
+    """An image, and what is known of it, as seen through a window that is brought to the image's size.
+
+    What lies outside the image is black, and of no known class. Boxes are cut at the window's edges; those whose centre
+    lies outside are left out (Liu et al. 2016, section 2.2). Areas grow with the window's magnification.
+
+    Args:
+        image: uint8 (H, W, C).
+        target: its boxes, or the class of each pixel (H, W).
+        window: (top, left, height, width) in pixels, possibly beyond the image.
+        flip: mirror left and right afterwards.
+    """
+    size = height, width = image.shape[:2]
+    top, left, tall, wide = window
+    inside = np.pad(image, _margins(window, size, 1))[top - min(top, 0) :, left - min(left, 0) :][:tall, :wide]
+    if (tall, wide) != size:
+        inside = _to_array(_to_pillow(inside).resize((width, height), _draw_filter("bilinear")))
+    if isinstance(target, Boxes):
+        scale, shift = np.array([width / wide, height / tall] * 2), np.array([left / wide, top / tall] * 2)
+        boxes = target.boxes * scale - shift
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        keep = ((centres > 0) & (centres < 1)).all(1)
+        boxes = boxes[keep].clip(0, 1)
+        if flip:
+            boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
+        areas = target.area[keep] * np.float32(height * width / (tall * wide))
+        target = Boxes(boxes.astype(np.float32), target.labels[keep], target.crowd[keep], areas)
+    else:
+        labels = np.pad(target, _margins(window, size, 0), constant_values=IGNORED)
+        labels = nearest(labels[top - min(top, 0) :, left - min(left, 0) :][:tall, :wide], height, width)
+        target = labels[:, ::-1] if flip else labels
+    return inside[:, ::-1] if flip else inside, target
+
+
+def _margins(window: tuple[int, int, int, int], size: tuple[int, int], channels: int) -> list[tuple[int, int]]:
+    """What a window needs beyond each edge."""
+    top, left, tall, wide = window
+    down = (max(0, -top), max(0, top + tall - size[0]))
+    return [down, (max(0, -left), max(0, left + wide - size[1])), *[(0, 0)] * channels]
+
+
+@dataclass(frozen=True)
+class DenseAugmentation:
+    """Crops, flips and colours of images together with their boxes or classes of pixels.
+
+    The fields are those of the step ``augment``.
+    """
+
+    crop: Literal["padded", "resized", "off"] = "padded"
+    padding: float = 0.125
+    scale: Pair = (0.08, 1.0)
+    ratio: Pair = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    jitter: float = 0.4
+
+    @property
+    def nothing(self) -> bool:
+        """Whether every operation is switched off."""
+        return self.crop == "off" and not self.flip and not self.jitter
+
+    def __call__(self, images: np.ndarray, targets: list[Target]) -> tuple[np.ndarray, list[Target]]:
+        """Uint8 (N, H, W, C) and N targets → the same kinds, the images of the same shape."""
+        height, width = images.shape[1:3]
+        made: list[tuple[np.ndarray, Target]] = []
+        for image, target in zip(images, targets, strict=True):
+            window = (0, 0, height, width)
+            if self.crop == "padded":
+                pad = max(1, round(self.padding * max(height, width)))
+                top, left = np.random.randint(-pad, pad + 1, 2).tolist()
+                window = (top, left, height, width)
+            elif self.crop == "resized":
+                window = RandomResizedCrop((height, width), self.scale, self.ratio).box(height, width)
+            made.append(seen_through(image, target, window, bool(np.random.random_sample() < self.flip)))
+        pixels = np.stack([image for image, _ in made])
+        if self.jitter:
+            pixels = ColourJitter(self.jitter, self.jitter, self.jitter)(pixels)
+        return pixels, [target for _, target in made]
+
+
 @step("augment")
 class Augment(Step):
     """Change the training images at random whenever they are read: crops, colours, RandAugment.
@@ -524,12 +668,29 @@ class Augment(Step):
             found.append(Erase(self.erase))
         return tuple(found)
 
+    def dense_change(self) -> DenseAugmentation:
+        """What the fields ask for, on images with boxes or classes of pixels."""
+        if self.randaugment or self.erase:
+            raise IncompatibleStep(
+                f"augment: randaugment = {self.randaugment}, erase = {self.erase:g}: on images with boxes or classes "
+                "of pixels only crop, flip and jitter are known; leave the others at 0"
+            )
+        jitter = 0.4 if self.jitter is None else self.jitter
+        return DenseAugmentation(self.crop, self.padding, self.scale, self.ratio, self.flip, jitter)
+
     def apply(self, job: Job) -> Job:
         """The job with augmented training images."""
+        if isinstance(job.train, DenseImages):
+            change = self.dense_change()
+            if change.nothing:
+                raise NoEffect("augment: every operation is switched off: crop = off, flip = 0, jitter = 0")
+            job.notes.remarks.append(f"training images and what is known of them pass through {change}")
+            return job.replace(train=job.train.changed(change))
         if not isinstance(job.train, LabelledImages):
             raise IncompatibleStep(
                 f"augment: the training data are a {type(job.train).__module__}.{type(job.train).__qualname__}; uint8 "
-                "images that the task's preprocessing turns into floats (sparing.data.images.LabelledImages) are needed"
+                "images that the task's preprocessing turns into floats (sparing.data.images.LabelledImages, or "
+                "sparing.data.coco.DenseImages with boxes or maps) are needed"
             )
         height, width, channels = job.train.pixels([0]).shape[1:]
         operations = self.operations(height, width)

@@ -16,8 +16,11 @@ from sparing.data.cifar import CIFAR10, read_cifar10
 from sparing.data.hflights import HFLIGHTS
 from sparing.data.hflights import split_of as flights_of
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
+from sparing.data.node_tables import TABLES
+from sparing.data.node_tables import split_of as table_split_of
 from sparing.data.planetoid import CITESEER, CORA, split_of
 from sparing.data.root import Source, data_root, fetch_files
+from sparing.data.sequences import TINY_SHAKESPEARE, US_ADDRESSES, read_tiny_shakespeare, read_us_addresses
 from sparing.data.squad import SQUAD, Question, read_published
 from sparing.data.text import AG_NEWS, SST2, TREC, read_ag_news, read_sst2, read_trec
 from sparing.data.tu import TU_SETS
@@ -32,17 +35,26 @@ READERS: dict[str, tuple[Source, Reader]] = {
     CIFAR10.name: (CIFAR10, read_cifar10),
     **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
     **{name: (tu.source, partial(tu_split_of, name)) for name, tu in TU_SETS.items()},
+    **{name: (table.source, partial(table_split_of, name)) for name, table in TABLES.items()},
     SST2.name: (SST2, lambda root, train: read_sst2(root, "train" if train else "official")),
     AG_NEWS.name: (AG_NEWS, lambda root, train: read_ag_news(root, "train" if train else "test")),
     TREC.name: (TREC, lambda root, train: read_trec(root, "train" if train else "test")),
     HFLIGHTS.name: (HFLIGHTS, flights_of),
     SQUAD.name: (SQUAD, lambda root, train: _numbered(read_published(root, train))),
+    TINY_SHAKESPEARE.name: (TINY_SHAKESPEARE, lambda root, train: _characters(read_tiny_shakespeare(root), train)),
+    US_ADDRESSES.name: (US_ADDRESSES, lambda root, train: _characters(read_us_addresses(root), train)),
 }
 
 
 def _numbered(questions: list[Question]) -> tuple[list[str], np.ndarray]:
     """Their texts, and their numbers in place of labels."""
     return [question.question for question in questions], np.arange(len(questions))
+
+
+def _characters(documents: dict[str, list[str]], train: bool) -> tuple[list[str], np.ndarray]:
+    """Texts of the test split, or of all others, and numbers of their characters in place of labels."""
+    texts = [text for name, texts in documents.items() if (name == "test") != train for text in texts]
+    return texts, np.arange(sum(map(len, texts)))
 
 
 @dataclass(frozen=True)

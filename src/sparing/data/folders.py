@@ -72,6 +72,18 @@ def read_image_tree(path: Path) -> ImageTree:
     return ImageTree(ImageFiles(names, path), labels, class_names, rows)
 
 
+def read_images(path: Path) -> ImageFiles:
+    """All images of a folder or zip file, at any depth, in sorted order; what their folders are called means nothing.
+
+    Raises :class:`DataError` when there is none.
+    """
+    path = Path(path)
+    names = sorted(_names(path))
+    if not names:
+        raise DataError(f"{path}: no image ({', '.join(SUFFIXES)}) in it; a folder or zip file of images is expected")
+    return ImageFiles(names, path)
+
+
 def _names(path: Path) -> Iterator[str]:
     """Names of all images below a folder or in a zip file, relative to it; hidden ones are passed over."""
     if path.is_dir():

@@ -26,12 +26,21 @@ class NodeSet:
         nodes: numbers of this split's nodes, int64 (n,).
         labels: their classes, int64 (n,).
         edge_weight: float (E,), or None: all edges weigh the same.
+        sens: the group of every node of the graph by a sensitive attribute, int64 (N,): 0 or 1, −1 for neither; or
+            None. It is no label, and known of all nodes.
     """
 
     edge_weight: Tensor | None = None
+    sens: Tensor | None = None
 
     def __init__(
-        self, x: Tensor, edge_index: Tensor, nodes: Tensor, labels: Tensor, edge_weight: Tensor | None = None
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        nodes: Tensor,
+        labels: Tensor,
+        edge_weight: Tensor | None = None,
+        sens: Tensor | None = None,
     ) -> None:
         if x.ndim != 2 or edge_index.ndim != 2 or len(edge_index) != 2:
             raise DataError(
@@ -44,13 +53,15 @@ class NodeSet:
             )
         if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
             raise DataError(f"edge_weight of shape {tuple(edge_weight.shape)}; ({edge_index.shape[1]},) is expected")
+        if sens is not None and sens.shape != x.shape[:1]:
+            raise DataError(f"sens of shape {tuple(sens.shape)}; ({len(x)},), one group for each node, is expected")
         for name, numbers in (("edge_index", edge_index), ("nodes", nodes)):
             if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(x):
                 raise DataError(
                     f"{name} holds {int(numbers.min())} … {int(numbers.max())}; x has the nodes 0 … {len(x) - 1}"
                 )
         self.x, self.edge_index, self.nodes, self.labels = x, edge_index, nodes, labels
-        self.edge_weight = edge_weight
+        self.edge_weight, self.sens = edge_weight, sens
 
     def __len__(self) -> int:
         """Nodes in the split, n."""
@@ -61,8 +72,8 @@ class NodeSet:
         return self.x, self.edge_index, self.nodes[index], self.labels[index], *weights
 
     def fingerprint(self) -> list[Any]:
-        """The graph, the nodes and their labels."""
-        return [self.x, self.edge_index, self.nodes, self.labels, self.edge_weight]
+        """The graph, the nodes, their labels and groups."""
+        return [self.x, self.edge_index, self.nodes, self.labels, self.edge_weight, self.sens]
 
 
 def join_nodes(items: Sequence[NodeItem]) -> NodeItem:

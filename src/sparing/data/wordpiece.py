@@ -44,7 +44,7 @@ def train_wordpiece(texts: Iterable[str], size: int = 8000, lowercase: bool = Tr
     come out when the texts have no more. Raises :class:`InvalidValue` for a size that holds no piece, and
     :class:`DataError` for texts without a character.
     """
-    tokenizers = _library()
+    tokenizers = tokenizers_library()
     least = len(SPECIAL) + 2
     if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= 1 << 20:
         raise InvalidValue(f"size = {size!r}; a whole number of pieces in {least}…{1 << 20} is expected")
@@ -144,11 +144,12 @@ def checked_text(text: Any, where: str) -> str:
     return text
 
 
-def _library() -> Any:
+def tokenizers_library() -> Any:
+    """The package ``tokenizers``; :class:`MissingDependency` without it."""
     try:
         import tokenizers
     except ImportError as error:
-        raise MissingDependency("tokenizers", "text", "cutting texts into word pieces") from error
+        raise MissingDependency("tokenizers", "text", "cutting texts into pieces") from error
     # Its threads would outnumber those a measurement was given, and do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return tokenizers
@@ -156,7 +157,7 @@ def _library() -> Any:
 
 def _engine(vocabulary: Sequence[str], lowercase: bool) -> Tokenizer:
     """BERT's tokenizer without the special pieces around a text."""
-    tokenizers = _library()
+    tokenizers = tokenizers_library()
     numbers = {piece: number for number, piece in enumerate(vocabulary)}
     made = tokenizers.Tokenizer(
         tokenizers.models.WordPiece(numbers, unk_token=UNK, max_input_chars_per_word=LONGEST_WORD)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import mmap
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import Num
 
 from sparing.core import files
+from sparing.core.bar import Bar
 from sparing.core.collation import items_of
 from sparing.core.errors import CorruptFile, DataError, InvalidValue, SparingError, StoreError, shown
 from sparing.core.fingerprint import fingerprint
@@ -30,6 +32,8 @@ from sparing.data_efficiency.metrics import CorpusStatistic, DifficultyMetric
 from sparing.data_efficiency.settings import changes, whole_number
 
 SHARD = 1 << 18
+MAPPED = 1 << 26
+"""Bytes that are read through one mapping: they are in memory as long as it is there."""
 BINS = 5000
 """A metric of real numbers with more different values is rounded down to a grid of so many."""
 
@@ -207,15 +211,16 @@ class DataAnalyzer:
                 tasks.append((missing, shard, *self._range(shard)))
         processes = self.num_workers if worker is None else 1
         common = (self.dataset, self.batch_size, self.collate, self.index_field, self.size)
+        shown_tasks = _with_bar(tasks, f"analysing {', '.join(job.name for job in jobs)}")
         if processes == 1:
-            for task in tasks:
+            for task in shown_tasks:
                 _map_shard(common, *task)
             return
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         try:
-            Parallel(n_jobs=processes)(delayed(_map_shard)(common, *task) for task in tasks)
+            Parallel(n_jobs=processes)(delayed(_map_shard)(common, *task) for task in shown_tasks)
         except TerminatedWorkerError as error:
             raise SparingError(
                 f"a process of the analysis was ended from outside (out of memory?): {error}. Finished shards are kept "
@@ -328,6 +333,18 @@ class DataAnalyzer:
 # --- pieces of a map -------------------------------------------------------------------------------------------------
 
 
+def _with_bar(tasks: Sequence[Any], text: str) -> Iterator[Any]:
+    """The tasks, with a bar on a terminal that grows as they are given out."""
+    bar = Bar()
+    try:
+        for number, task in enumerate(tasks):
+            if bar.due and sys.stderr.isatty():
+                bar.draw(number, len(tasks), text)
+            yield task
+    finally:
+        bar.stop()
+
+
 def _map_shard(
     common: tuple[Any, int, Any, str, int],
     jobs: Sequence[tuple[DifficultyMetric | CorpusStatistic, Path]],
@@ -337,12 +354,14 @@ def _map_shard(
 ) -> None:
     """Values of one shard for all metrics: its batches are read once."""
     dataset, batch_size, collate, index_field, size = common
-    dataset = _reopened(dataset)
-    found: list[list[np.ndarray]] = [[] for _ in jobs]
+    found: list[np.ndarray | None] = [None] * len(jobs)
     totals: list[np.ndarray | None] = [None] * len(jobs)
     numbers: list[np.ndarray] = []
-    for start in range(first, last, batch_size):
+    every = max(1, MAPPED // max(1, batch_size * _mapped_bytes(dataset)))
+    for number, start in enumerate(range(first, last, batch_size)):
         stop = min(start + batch_size, last)
+        if number % every == 0:
+            dataset = _reopened(dataset)
         batch = _batch(dataset, start, stop, collate)
         if isinstance(batch, Mapping) and index_field in batch:
             numbers.append(_numbers(batch[index_field], start, stop, size, index_field))
@@ -351,17 +370,19 @@ def _map_shard(
                 if isinstance(job, CorpusStatistic):
                     totals[i] = _summed(totals[i], np.asarray(job(batch)), job.name)
                 else:
-                    found[i].append(_checked(job.values(batch), start, stop, job.name))
+                    values = _checked(job.values(batch), start, stop, job.name)
+                    room = found[i] = _room(found[i], last - first, values.dtype)
+                    room[start - first : stop - first] = values
             except (DataError, InvalidValue) as error:
                 raise type(error)(f"{job.name!r}, samples {start} … {stop - 1}: {error}") from error
     if numbers and sum(map(len, numbers)) != last - first:
         raise DataError(f"only some batches of samples {first} … {last - 1} have the field {index_field!r}")
-    for (job, folder), values, total in zip(jobs, found, totals, strict=True):
+    for (job, folder), joined, total in zip(jobs, found, totals, strict=True):
         if isinstance(job, CorpusStatistic):
             assert total is not None
             arrays, facts = {"total": total}, {}
         else:
-            joined = np.concatenate(values)
+            assert joined is not None
             arrays = {"values": joined} | ({"ids": np.concatenate(numbers)} if numbers else {})
             real = joined.dtype.kind == "f"
             least, greatest = (x.item() for x in (joined.min(), joined.max()))
@@ -370,14 +391,34 @@ def _map_shard(
         files.write_json(folder / f"part-{shard:05d}.json", {"range": [first, last], "arrays": said, **facts})
 
 
+def _room(values: np.ndarray | None, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Where the values of a shard go; of real numbers as soon as one batch has them."""
+    if values is None:
+        return np.empty(count, dtype)
+    return values.astype(np.float64) if dtype.kind == "f" and values.dtype.kind != "f" else values
+
+
 def _batch(dataset: Any, start: int, stop: int, collate: Callable[[list[Any]], Any] | None) -> Any:
     if isinstance(dataset, Mapping):
         return {name: column[start:stop] for name, column in dataset.items()}
     if _is_array(dataset):
         return dataset[start:stop]
+    return collated(dataset, range(start, stop), collate)
+
+
+def collated(dataset: Any, rows: Sequence[int], collate: Callable[[list[Any]], Any] | None) -> Any:
+    """A batch of these items of a map-style dataset; :class:`DataError` for items that make none."""
     from torch.utils.data import default_collate
 
-    return (collate or default_collate)(items_of(dataset, range(start, stop)))
+    items = items_of(dataset, rows)
+    try:
+        return (collate or default_collate)(items)
+    except SparingError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"samples {rows[0]} … {rows[-1]} cannot be made a batch: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_array(dataset: Any) -> bool:
@@ -413,6 +454,15 @@ def _reopened(dataset: Any) -> Any:
         order = "C" if dataset.flags.c_contiguous else "F"
         return np.memmap(dataset.filename, dataset.dtype, "r", dataset.offset, dataset.shape, order)
     return dataset
+
+
+def _mapped_bytes(dataset: Any) -> int:
+    """Bytes of a sample that are read through mappings."""
+    if isinstance(dataset, Mapping):
+        return sum(map(_mapped_bytes, dataset.values()))
+    if isinstance(dataset, np.memmap) and isinstance(dataset.base, mmap.mmap):
+        return dataset.nbytes // len(dataset)
+    return 0
 
 
 def _numbers(given: Any, start: int, stop: int, size: int, field: str) -> np.ndarray:
@@ -493,9 +543,10 @@ def _is_whole(folder: Path, shard: int, limits: tuple[int, int]) -> bool:
 
 
 def _store(file: Path, array: np.ndarray) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, allow_pickle=False)
-    content = buffer.getbuffer()
+    header = io.BytesIO()
+    array = np.asarray(array, order="C")
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    content = b"".join((header.getvalue(), array.data))
     files.write_atomic(file, content)
     return {"dtype": array.dtype.str, "sha256": hashlib.sha256(content).hexdigest()}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sparing.core import files
 from sparing.core.errors import InvalidValue, did_you_mean, shown
+from sparing.core.recipe import read_yaml
 from sparing.data_efficiency.index import DifficultyIndex
 from sparing.data_efficiency.pacing import PacingFunction, RootPacing, pacing_from_config
 from sparing.data_efficiency.sampler import Clustering, CurriculumMetric, CurriculumSampler, DifficultyType
@@ -72,14 +73,18 @@ class DataEfficiency:
         """Read a configuration.
 
         Args:
-            config: the mapping under ``data_efficiency``, or one that holds it under this key, or a JSON file.
+            config: the mapping under ``data_efficiency``, or one that holds it under this key, or a file of either:
+                YAML if its name ends in .yaml or .yml, else JSON.
             clamp_min: see :class:`~sparing.data_efficiency.pacing.RootPacing`.
 
         Raises:
             InvalidValue: a missing or unknown key, a value out of bounds.
-            CorruptFile: a file that is no JSON.
+            CorruptFile: a file that is no JSON, or no YAML.
         """
-        given = files.read_json(Path(config)) if isinstance(config, Path | str) else config
+        given: Any = config
+        if isinstance(config, Path | str):
+            file = Path(config)
+            given = read_yaml(file) if file.suffix.lower() in (".yaml", ".yml") else files.read_json(file)
         given = given.get("data_efficiency", given) if isinstance(given, Mapping) else given
         known_keys(given, ("enabled", "seed", "data_sampling", "data_routing"), "data_efficiency")
         on = _enabled(given, "data_efficiency")

@@ -19,6 +19,8 @@ from sparing.core.fingerprint import fingerprint
 from sparing.data_efficiency.settings import whole_number
 
 LARGEST = np.iinfo(np.int64).max
+PIECE = 1 << 14
+"""Tokens that are looked up at a time: their numbers stay in a core's cache, and in memory that is used again."""
 
 
 class TokenFields:
@@ -205,6 +207,10 @@ class VocabularyRarity(DifficultyMetric):
         if self.counts is not None and self.counts.shape != (self.vocab_size + 1,):
             raise InvalidValue(f"counts {self.counts.shape}; ({self.vocab_size + 1},), vocab_size + 1, are expected")
         self.surprisal = None if self.counts is None else negative_log_frequency(self.counts)
+        self._pad_costs_nothing: np.ndarray | None = None
+        if self.surprisal is not None and (pad := self.fields.pad_id) is not None and 0 <= pad <= self.vocab_size:
+            self._pad_costs_nothing = self.surprisal.copy()
+            self._pad_costs_nothing[pad] = 0.0
 
     def first_pass(self) -> CorpusStatistic | None:
         """:class:`VocabularyFrequency`, unless counts were given."""
@@ -216,14 +222,23 @@ class VocabularyRarity(DifficultyMetric):
 
     def values(self, batch: Any) -> Integer[np.ndarray, " b"]:
         """Rarities (B,)."""
-        tokens, real = self.fields.tokens_of(batch), self.fields.real_of(batch)
+        tokens, table = self.fields.tokens_of(batch), self._surprisal()
+        if self._pad_costs_nothing is not None:
+            table, real = self._pad_costs_nothing, None
+        else:
+            real = self.fields.real_of(batch)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= self.vocab_size:
             in_vocabulary(tokens if real is None else tokens[real], self.vocab_size)  # padding may be any number
             tokens = tokens if real is None else np.where(real, tokens, 0)
-        terms = self._surprisal()[tokens]
-        if real is not None:
-            np.copyto(terms, 0.0, where=~real)
-        return terms.sum(1).astype(np.int64)
+        rarities = np.empty(len(tokens), np.int64)
+        rows = max(1, PIECE // max(1, tokens.shape[1]))
+        for start in range(0, len(tokens), rows):
+            piece = slice(start, start + rows)
+            terms = table.take(tokens[piece])
+            if real is not None:
+                np.copyto(terms, 0.0, where=~real[piece])
+            rarities[piece] = terms.sum(1)
+        return rarities
 
     def bound(self, width: int) -> float:
         """S · max a."""

@@ -63,13 +63,19 @@ def reshape_batch(batch: Batch, difficulty: int, *, shifted: bool = True) -> Bat
                 raise InvalidValue(f"{name!r} is {_shape(value)}; only fields (B, {width}) can be reshaped")
 
     def fold(rows: Shaped[Tensor, "b w"]) -> Shaped[Tensor, "rows v"]:
-        count, pieces = len(rows), width // wide
-        kept = min(-(-count * width // wide), pieces * count + count)
-        kept -= kept > 1 and kept % 2
+        pieces, kept = width // wide, reshaped_rows(len(rows), width, wide)
         folded = rows[:, : pieces * wide].reshape(-1, wide)
         return concatenated((folded, rows[:, width - wide :]))[:kept]
 
     return _mapped(batch, width, fold)
+
+
+def reshaped_rows(rows: int, width: int, wide: int) -> int:
+    """How many rows of ``wide`` columns :func:`reshape_batch` makes of ``rows`` of ``width``."""
+    if wide >= width:
+        return rows
+    kept = min(-(-rows * width // wide), (width // wide) * rows + rows)
+    return kept - (kept > 1 and kept % 2)
 
 
 def trim_batch(batch: Batch, mask: str = "attention_mask", multiple: int = 8) -> Batch:

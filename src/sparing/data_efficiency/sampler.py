@@ -24,6 +24,7 @@ from jaxtyping import Integer
 
 from sparing.core.collation import items_of
 from sparing.core.errors import DataError, InvalidValue, shown
+from sparing.core.training.batches import FetchedItems
 from sparing.data_efficiency.index import DifficultyIndex
 from sparing.data_efficiency.pacing import PacingFunction
 from sparing.data_efficiency.settings import agree, distributed, whole_number
@@ -433,14 +434,6 @@ class _Cluster:
 # --- the difficulty of a batch ---------------------------------------------------------------------------------------
 
 
-class _Items(list[Any]):
-    """Items of a batch, and the batch."""
-
-    def __init__(self, items: Sequence[Any], batch: CurriculumBatch) -> None:
-        super().__init__(items)
-        self.batch = batch
-
-
 class CurriculumItems:
     """A dataset whose batches remember their difficulties, so that no loader process can confuse them."""
 
@@ -457,7 +450,7 @@ class CurriculumItems:
         """The items of one :class:`CurriculumBatch`."""
         if not isinstance(batch, CurriculumBatch):
             raise InvalidValue("CurriculumItems needs the batches of a CurriculumSampler as the loader's batch_sampler")
-        return _Items(items_of(self.dataset, batch), batch)
+        return FetchedItems(items_of(self.dataset, batch), batch)
 
 
 class CurriculumCollate:
@@ -475,11 +468,12 @@ class CurriculumCollate:
 
     def __call__(self, items: list[Any]) -> Any:
         """The finished batch."""
-        if not isinstance(items, _Items):
+        difficulties = getattr(getattr(items, "batch", None), "difficulties", None)
+        if difficulties is None:
             raise InvalidValue("CurriculumCollate needs the items of CurriculumItems")
         from torch.utils.data import default_collate
 
-        return self.process((self.collate or default_collate)(list(items)), items.batch.difficulties)
+        return self.process((self.collate or default_collate)(list(items)), difficulties)
 
 
 def _one_of(name: str, value: Any, choices: Any) -> None:

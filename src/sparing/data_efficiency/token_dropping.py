@@ -19,16 +19,22 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
+from pydantic import Field
 from torch import Tensor, nn
 
-from sparing.core.errors import InvalidValue, did_you_mean, shown
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError, did_you_mean, shown
 from sparing.core.randomness import derive_seed
-from sparing.data_efficiency.pacing import PacingFunction
+from sparing.core.step import Stage, Step, step
+from sparing.data_efficiency.pacing import PacingFunction, linear
 from sparing.data_efficiency.settings import agree, distributed, whole_number
+from sparing.data_efficiency.tokens import counting
+
+if TYPE_CHECKING:
+    from sparing.core.job import Job
 
 VERSION = 1
 MASKS = ("attention_mask", "mask", "attn_mask", "src_mask", "src_key_padding_mask", "key_padding_mask")
@@ -138,6 +144,21 @@ def keep_positions(positions: Shaped[Tensor, "..."], indices: Int[Tensor, "b r"]
 def _rows(indices: Tensor, length: int) -> Tensor:
     """Numbers of the rows in a batch whose sequences lie one behind the other."""
     return (indices + length * torch.arange(len(indices), device=indices.device)[:, None]).flatten()
+
+
+def in_backward() -> bool:
+    """Whether gradients are being computed in this thread.
+
+    torch has no public way to ask; its own checkpointing asks as this does. Raises :class:`SparingError` for a torch
+    that no longer answers, since layers that run again would then compute other tokens than they did.
+    """
+    ask = getattr(torch._C, "_current_graph_task_id", None)
+    if ask is None:
+        raise SparingError(
+            f"token dropping cannot tell a layer's second run in the backward pass from a first one with torch "
+            f"{torch.__version__}: torch._C._current_graph_task_id is gone. Use an earlier torch"
+        )
+    return ask() != -1
 
 
 # --- on a model ------------------------------------------------------------------------------------------------------
@@ -259,7 +280,7 @@ class TokenDropping:
         if self.reserved_length >= length:
             return None
         # while gradients are computed a layer runs again for activations that were not kept: with its old positions
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             if place <= self._last_place:
                 self._draw(batch, length, hidden.device)
             self._last_place = place
@@ -368,7 +389,8 @@ def drop_tokens(
         raise InvalidValue(f"schedule = {shown(schedule)}; a PacingFunction is needed")
     if schedule.min_difficulty < 1 or int(schedule(0)) < 1:
         raise InvalidValue(f"the schedule begins with {schedule(0)} tokens; at least 1 must be kept")
-    blocks = _blocks(model, stack)
+    in_backward()  # refused now, not in the first forward pass
+    blocks = find_blocks(model, stack)
     chosen = _chosen(model, blocks, layers, allow_ends)
     return TokenDropping(
         blocks,
@@ -383,7 +405,8 @@ def drop_tokens(
     )
 
 
-def _blocks(model: nn.Module, stack: str | Sequence[nn.Module] | None) -> list[nn.Module]:
+def find_blocks(model: nn.Module, stack: str | Sequence[nn.Module] | None = None) -> list[nn.Module]:
+    """The stack of blocks of a model, as :func:`drop_tokens` takes it; :class:`InvalidValue` when there is none."""
     if isinstance(stack, str):
         found = dict(model.named_modules())
         if stack not in found:
@@ -449,3 +472,132 @@ def _chosen(
     if len({id(blocks[number]) for number in chosen}) < len(chosen):
         raise InvalidValue("a block stands in the stack twice and shares its weights; it cannot drop tokens")
     return sorted(chosen)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def seen_length(model: nn.Module, task: Any, stack: str | None = None) -> tuple[int, int]:
+    """(T, L): tokens of a full sequence as the blocks are given it, and the number of blocks.
+
+    T is the task's ``length`` where it has one, and what the first block is given of the example input where that is
+    more: examples vary in length.
+
+    Raises :class:`IncompatibleStep` for a model without a stack of blocks that take hidden states of three axes.
+    """
+    try:
+        blocks = find_blocks(model, stack)
+    except InvalidValue as error:
+        raise IncompatibleStep(f"this needs a model of equal blocks on sequences of tokens: {error}") from None
+    shapes: list[tuple[int, ...]] = []
+
+    def look(block: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
+        shapes.extend(tuple(value.shape) for value in given)
+
+    hook = blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model.eval()(*task.example_input(2))
+    finally:
+        hook.remove()
+    if not shapes or len(shapes[0]) != 3:
+        found = f"a tensor {shapes[0]}" if shapes else "no tensor"
+        raise IncompatibleStep(
+            f"the blocks of {type(model).__name__} ({type(blocks[0]).__name__}) are given {found}; sequences of "
+            "tokens, of three axes, are needed"
+        )
+    length = getattr(task, "length", None)
+    return max(shapes[0][1], length if isinstance(length, int) else 1), len(blocks)
+
+
+@step("drop_tokens")
+class DropTokens(Step):
+    """Let the middle layers compute a random part of the tokens in the next training, a part that grows to all.
+
+    Random layerwise token dropping (random-LTD). The first and the last layer compute all tokens, and so does every
+    layer outside training: the model and its predictor stay as they are.
+    """
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
+    promises: ClassVar[frozenset[str]] = frozenset({"training"})
+    slots: ClassVar[frozenset[str]] = frozenset({"dropping of tokens"})
+    source: ClassVar[str] = (
+        "Yao et al. 2022, Random-LTD, arXiv:2211.11586; Li et al. 2022, arXiv:2212.03597, section 3.2"
+    )
+
+    start: int | None = Field(default=None, ge=1)
+    """Tokens kept of a sequence in the first step; None: half of them."""
+    end: int | None = Field(default=None, ge=1)
+    """Tokens kept in the end; None: all. Sequences that are shorter than what is kept lose none."""
+    over: float = Field(default=0.7, gt=0, le=1)
+    """Share of the training in which the number grows."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in which it grows, instead of a share."""
+    multiple: int = Field(default=8, ge=1)
+    """Numbers kept are rounded down to a multiple of it, but never below ``start``."""
+    layers: tuple[int | str, ...] = ()
+    """Numbers or names of the layers that drop tokens; none: all but the first and the last."""
+    kind: Literal["", "decoder", "encoder"] = ""
+    """"decoder": a token sees those before it, "encoder": it sees all. "": decoder for a task of causal language
+    modelling, else encoder."""
+    stack: str = ""
+    """Name of the container of blocks in the model; "": the longest one of equal blocks."""
+    allow_ends: bool = False
+    """Let the first and the last layer drop tokens as well."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is not None and self.end is not None and self.start > self.end:
+            raise InvalidValue(f"{self.id}: start = {self.start}, end = {self.end}; start ≤ end is expected")
+
+    def schedule(self, total: int, length: int) -> PacingFunction:
+        """r_t of a training of ``total`` optimizer steps on sequences of ``length`` tokens."""
+        end = length if self.end is None else self.end
+        start = max(1, min(length, end) // 2) if self.start is None else self.start
+        end = max(start, end)  # a start above the full length: nothing is ever dropped
+        return linear(start, end, self.over * total if self.steps is None else self.steps, self.multiple)
+
+    def apply(self, job: Job) -> Job:
+        """The job, whose next training drops tokens."""
+        model = job.fresh_model()
+        length, layers = seen_length(model, job.task, self.stack or None)
+        schedule = self.schedule(1000, length)
+        if schedule.min_difficulty >= length:
+            raise NoEffect(
+                f"{self.id}: {schedule.min_difficulty:g} tokens are kept from the first step on, and a sequence has "
+                f"{length}: none would ever be dropped"
+            )
+        kind: Kind = self.kind or ("decoder" if "causal_lm" in job.task.capabilities else "encoder")
+        settings: dict[str, Any] = {
+            "layers": list(self.layers) or None,
+            "kind": kind,
+            "stack": self.stack or None,
+            "allow_ends": self.allow_ends,
+            "seed": derive_seed(job.seed, "token dropping"),
+        }
+        try:
+            # a forward pass that keeps one token, so that a model that does not take it is known before the training
+            with (
+                drop_tokens(model, linear(1, length, 1e9), rank=0, **settings) as tried,
+                torch.no_grad(),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                model.train()(*job.task.example_input(2))
+        except (InvalidValue, RuntimeError) as error:
+            raise IncompatibleStep(f"{self.id}: {type(model).__name__} does not go with it: {error}") from error
+        job.notes.remarks.append(
+            f"the next training drops tokens in {len(tried.dropping)} of {layers} layers ({kind}), keeping "
+            f"{schedule.min_difficulty:g} to {schedule.max_difficulty:g} of {length}"
+        )
+
+        def callback() -> Any:
+            from sparing.data_efficiency.callbacks import TokenDroppingCallback
+
+            return TokenDroppingCallback(lambda total: self.schedule(total, length), **settings)
+
+        # before what counts tokens looks for it
+        plan = job.training.adding(callbacks=callback)
+        return job.replace(training=counting(plan))

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from sparing.core.errors import InvalidValue, did_you_mean, shown
+from sparing.core.step import Stage, Step, step
 from sparing.data_efficiency.pacing import PacingFunction
 from sparing.data_efficiency.settings import agree, number, whole_number
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from sparing.core.job import Job, TrainingPlan
 
 STYLES = ("linear", "cosine")
 
@@ -64,18 +69,26 @@ class TokenCounter:
         self.budget = None if budget is None else whole_number("budget", budget, 1)
         self.tokens = self.layer_tokens = self.rows = self.steps = 0
 
-    def add(self, rows: int, length: int, kept: int | None = None) -> int:
-        """Count one step, after it; returns all consumed tokens.
+    def add(self, rows: int, length: int, kept: int | None = None, real: int | None = None) -> int:
+        """Count one step, or one micro batch of it, after it; returns all consumed tokens.
 
         Args:
             rows: sequences of the global batch, as they came out of the post-processing.
             length: their length in tokens.
             kept: tokens that dropping layers compute; None: all.
+            real: tokens of all rows that are no padding; None: none is. Only these are consumed, in the proportion in
+                which all are computed, as dropping does not look at what it drops; layers compute padding as well.
         """
         whole_number("rows", rows, 0)
         whole_number("length", length, 1)
         kept = length if kept is None else whole_number("kept", kept, 1)
-        self.tokens += rows * effective_length(length, kept, self.layers, self.dropping)
+        effective = effective_length(length, kept, self.layers, self.dropping)
+        if real is None:
+            self.tokens += rows * effective
+        elif whole_number("real", real, 0) > rows * length:
+            raise InvalidValue(f"real = {real} tokens in {rows} rows of {length}; at most {rows * length} is possible")
+        else:
+            self.tokens += real * effective // length
         self.layer_tokens += layer_tokens(rows, length, kept, self.layers, self.dropping)
         self.rows += rows
         self.steps += 1
@@ -111,12 +124,16 @@ def planned_tokens(
     dropping: int = 0,
     curriculum: PacingFunction | None = None,
     kept: PacingFunction | None = None,
+    reshaped: bool | None = None,
 ) -> TokenCounter:
     """The counts after ``steps`` steps of ``rows`` sequences, without training: what a schedule will consume.
 
-    The curriculum's length is asked at step i + 1 and at most ``length``, the kept length at i. Reshaping changes the
-    number of rows, which this does not foresee.
+    The curriculum's length is asked at step i + 1 and at most ``length``, the kept length at i. ``reshaped``, when it
+    is not None, is ``shifted`` of :func:`~sparing.data_efficiency.postprocessing.reshape_batch`, which changes the
+    number of rows.
     """
+    from sparing.data_efficiency.postprocessing import reshaped_rows
+
     counter = TokenCounter(layers, dropping)
     length = whole_number("length", length, 1)
     now: float | None = None
@@ -124,8 +141,22 @@ def planned_tokens(
     for i in range(whole_number("steps", steps, 0)):
         now = None if curriculum is None else curriculum.after(now, i + 1)
         reserved = None if kept is None else kept.after(reserved, i)
-        counter.add(rows, length if now is None else min(int(now), length), None if reserved is None else int(reserved))
+        short = length if now is None else min(int(now), length)
+        made = rows if reshaped is None else reshaped_rows(rows, length + reshaped, short + reshaped)
+        counter.add(made, short, None if reserved is None else int(reserved))
     return counter
+
+
+def count_tokens() -> Any:
+    """A callback for a training plan that counts the tokens of the training, if its model has a stack of blocks."""
+    from sparing.data_efficiency.callbacks import TokenCount
+
+    return TokenCount(optional=True)
+
+
+def counting(plan: TrainingPlan) -> TrainingPlan:
+    """A plan with :func:`count_tokens`, once."""
+    return plan if count_tokens in plan.callbacks else plan.adding(callbacks=count_tokens)
 
 
 # --- the learning rate -----------------------------------------------------------------------------------------------
@@ -281,3 +312,86 @@ class TokenLR:
         self.tokens, self.steps = state_dict["tokens"], state_dict["steps"]
         self.warmup_tokens = state_dict["warmup_tokens"]
         self._set()
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@step("token_lr")
+class TokenLr(Step):
+    """Let the learning rate of the next training follow the tokens consumed, and end it at a budget of them.
+
+    The peak is the learning rate of the training's optimizer. What counts is what is left of each batch: cut or folded
+    by a curriculum, without padding where it can be told, and fewer tokens in layers that drop some.
+    """
+
+    stage: ClassVar[Stage] = Stage.TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset({"module"})
+    promises: ClassVar[frozenset[str]] = frozenset({"training"})
+    slots: ClassVar[frozenset[str]] = frozenset({"scheduler"})
+    source: ClassVar[str] = (
+        "Li et al. 2022, DeepSpeed Data Efficiency, arXiv:2212.03597, section 3.3; layer tokens of Yao et al. 2022, "
+        "arXiv:2211.11586"
+    )
+
+    budget: int | None = Field(default=None, ge=1)
+    """Tokens after which the training ends and the decay with it; the steps of the training are the most it may take.
+    None: it makes its steps, and the decay takes what a dry run of the schedules says these consume."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Instead of a budget: this share of the tokens that the training's steps have at full length. The peak is then the
+    training's learning rate / share, the rule of the published recipes, unless ``scale_peak`` is off."""
+    scale_peak: bool = True
+    """Divide the peak by ``share``."""
+    clock: Literal["tokens", "layer_tokens"] = "tokens"
+    """What is counted: tokens of the sequences ("tokens", by effective length) or of all layers together."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the decay's tokens in which the rate climbs from 0."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which it climbs, instead of a share."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end."""
+    style: Literal["cosine", "linear"] = "cosine"
+    """Form of the decay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.share is not None:
+            raise InvalidValue(f"{self.id}: budget = {self.budget} and share = {self.share:g}; give one of them")
+
+    def apply(self, job: Job) -> Job:
+        """The job, whose next training goes by tokens."""
+        from sparing.data_efficiency.token_dropping import seen_length
+
+        length, layers = seen_length(job.fresh_model(), job.task)
+        ends = "after the training's steps"
+        if self.budget is not None:
+            ends = f"after {self.budget:,} {self.clock.replace('_', ' ')}"
+        elif self.share is not None:
+            ends = f"after {self.share:.0%} of the tokens that its steps have at full length"
+        job.notes.remarks.append(
+            f"the learning rate of the next training goes by the {self.clock.replace('_', ' ')} consumed in {layers} "
+            f"layers, sequences of up to {length}; it ends {ends}"
+        )
+
+        def callback() -> Any:
+            from sparing.data_efficiency.callbacks import TokenLRCallback
+
+            return TokenLRCallback(
+                budget=self.budget,
+                share=self.share,
+                scale_peak=self.scale_peak,
+                clock=self.clock,
+                warmup=0.0 if self.warmup_steps else self.warmup,
+                warmup_steps=self.warmup_steps,
+                min_lr=self.min_lr,
+                style=self.style,
+                length=length,
+            )
+
+        # the slot is taken, and the rate set by the callback, which sees the batches
+        plan = counting(job.training).adding(scheduler=_no_other_schedule, callbacks=callback)
+        return job.replace(training=plan)
+
+
+def _no_other_schedule(optimizer: Optimizer, total: int) -> None:
+    return None

@@ -192,6 +192,24 @@ def distillation_term(
     return term
 
 
+def check_teacher(step_id: str, row: str | None, folder: Path | None) -> None:
+    """Raise :class:`InvalidValue` unless a step names one teacher: an earlier row, or a saved model's folder."""
+    if (row is None) == (folder is None):
+        raise InvalidValue(f"{step_id}: give one of teacher (an earlier row) and teacher_folder (a saved model)")
+    if folder is not None and not (folder / "sparing.json").is_file():
+        raise InvalidValue(f"teacher_folder = {folder}: no saved model (it holds no sparing.json)")
+
+
+def teacher_of(job: Job, row: str | None, folder: Path | None) -> Predictor:
+    """The predictor that teaches: of an earlier row, or of a saved model's folder."""
+    from sparing.core.predictor import load
+
+    if row is not None:
+        return job.row(row)
+    assert folder is not None
+    return load(folder, job.trust)
+
+
 def _check_logits(task: Task) -> None:
     if "classification" not in task.capabilities and type(task).class_logits is Task.class_logits:
         task.class_logits(torch.zeros(1, 1), ())  # raises, saying what would be right
@@ -223,10 +241,7 @@ class Distil(Train):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.teacher is None) == (self.teacher_folder is None):
-            raise InvalidValue(f"{self.id}: give one of teacher (an earlier row) and teacher_folder (a saved model)")
-        if self.teacher_folder is not None and not (self.teacher_folder / "sparing.json").is_file():
-            raise InvalidValue(f"teacher_folder = {self.teacher_folder}: no saved model (it holds no sparing.json)")
+        check_teacher(self.id, self.teacher, self.teacher_folder)
         if isinstance(self.model, str | Mapping):
             self._named()
         elif self.model is not None and not callable(self.model):
@@ -284,12 +299,7 @@ class Distil(Train):
 
     def find_teacher(self, job: Job) -> Predictor:
         """The predictor that teaches."""
-        from sparing.core.predictor import load
-
-        if self.teacher is not None:
-            return job.row(self.teacher)
-        assert self.teacher_folder is not None
-        return load(self.teacher_folder, job.trust)
+        return teacher_of(job, self.teacher, self.teacher_folder)
 
     def apply(self, job: Job) -> Job:
         """The job with the trained student."""

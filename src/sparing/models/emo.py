@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
 from sparing.models.convnet import whole
+from sparing.models.surgery import fill
 
 EPS = 1e-6
 """Of batch norm and layer norm."""
@@ -556,6 +557,7 @@ class EMO(nn.Module):
         self.in_channels, self.features_only, self.pad_mask = in_channels, features_only, pad_mask
         self.smallest = 16 * chosen["stem_stride"]
         self.embed_dims = tuple(chosen["embed_dims"])
+        self._absent: tuple[str, ...] = ()
         shared: dict[str, Any] = {
             "qkv_bias": qkv_bias,
             "attn_drop": attn_drop,
@@ -646,25 +648,23 @@ class EMO(nn.Module):
     def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state dict into this model.
 
-        A backbone (``features_only``) takes a classifier's: its ``norm.*`` and ``head.*`` are left out. Nothing else
-        may be missing or too much. Raises :class:`InvalidValue` that lists every tensor that does not fit.
+        A backbone (``features_only``) takes a classifier's: its ``norm.*`` and ``head.*`` are left out, and what
+        belongs to stages that the backbone was told not to keep. Nothing else may be missing or too much. Raises
+        :class:`InvalidValue` that lists every tensor that does not fit.
         """
-        if self.features_only:
-            state = {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "head."))}
-        own = self.state_dict()
-        wrong = [f"{name}: missing" for name in own if name not in state]
-        wrong += [f"{name}: not of this model" for name in state if name not in own]
-        wrong += [
-            f"{name}: {tuple(state[name].shape)}, here {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if wrong:
+        ignored = ("norm.", "head.", *self._absent) if self.features_only else ()
+        fill(self, state, "emo", ignored)
+
+    def keep_stages(self, count: int) -> None:
+        """Leave out the stages of a backbone after the first ``count``, where nothing looks at them."""
+        if not self.features_only or not 1 <= count <= len(self.embed_dims):
             raise InvalidValue(
-                f"emo: {len(wrong)} tensors of the checkpoint do not fit this model; {'; '.join(wrong)}. "
-                "Build the model with the checkpoint's variant, classes and channels"
+                f"emo: keep_stages({count!r}); 1…{len(self.embed_dims)} is expected, of a network with features_only"
             )
-        self.load_state_dict(dict(state))
+        for stage in range(count + 1, len(self.embed_dims) + 1):
+            delattr(self, f"stage{stage}")
+            self._absent = (*self._absent, f"stage{stage}.")
+        self.embed_dims, self._windows = self.embed_dims[:count], self._windows[:count]
 
     def no_weight_decay_names(self) -> list[str]:
         """Parameters that weight decay should leave alone: gains, biases and all others of one dimension."""
@@ -677,7 +677,7 @@ class EMO(nn.Module):
 
     @property
     def _stages(self) -> list[nn.Sequential]:
-        return [getattr(self, f"stage{stage}") for stage in range(1, 5)]
+        return [getattr(self, f"stage{stage}") for stage in range(1, 1 + len(self.embed_dims))]
 
     def _check_size(self, height: int, width: int) -> None:
         """Refuse images that are too small; tell once of windows that do not fit."""

@@ -76,6 +76,22 @@ class _NodeClassifier(nn.Module, ABC):
     def forward(self, x: Any, edge_index: Any) -> Any:
         """Logits of all nodes."""
 
+    @abstractmethod
+    def _first(self, x: Any, edge_index: Any) -> Tensor:
+        """What the first layer gives, after its activation."""
+
+    def embed(self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "..."]) -> Float[Tensor, "n hidden"]:
+        """Features (N, in_features), dense or sparse COO, and edges (2, E) → what the first layer gives, activated.
+
+        Raises :class:`InvalidValue` where the first layer is the last.
+        """
+        self._check(x, edge_index)
+        if len(self.layers) < 2:
+            raise InvalidValue(
+                f"{type(self).__name__}: depth = 1, so there is no inner layer to take an embedding from"
+            )
+        return self._first(x, edge_index)
+
 
 class GCN(_NodeClassifier):
     """Graph convolutional network (Kipf and Welling 2017, arXiv:1609.02907).
@@ -124,6 +140,9 @@ class GCN(_NodeClassifier):
             )
         return x
 
+    def _first(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return relu(self.layers[0](feature_dropout(x, self.dropout, self.training), edge_index))
+
 
 class GAT(_NodeClassifier):
     """Graph attention network (Veličković et al. 2018, arXiv:1710.10903).
@@ -167,6 +186,9 @@ class GAT(_NodeClassifier):
             x = layer(feature_dropout(x if number == 0 else elu(x), self.dropout, self.training), edge_index)
         return x
 
+    def _first(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return elu(self.layers[0](feature_dropout(x, self.dropout, self.training), edge_index))
+
 
 class GraphSAGE(_NodeClassifier):
     """GraphSAGE averaging over all neighbours (Hamilton, Ying and Leskovec 2017, arXiv:1706.02216).
@@ -182,13 +204,24 @@ class GraphSAGE(_NodeClassifier):
         hidden: units of each inner layer.
         depth: number of layers.
         dropout: share of a layer's inputs dropped in training, 0 ≤ dropout < 1.
+        aggregator: "mean", or "gcn": one W for the mean over the neighbours and the node itself (the paper's section
+            3.3), see :class:`SelfMeanConv`.
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, hidden: int = 16, depth: int = 2, dropout: float = 0.5
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden: int = 16,
+        depth: int = 2,
+        dropout: float = 0.5,
+        aggregator: Literal["mean", "gcn"] = "mean",
     ) -> None:
         super().__init__(in_features, num_classes, hidden, depth, dropout)
-        conv = _layers().SAGEConv
+        if aggregator not in ("mean", "gcn"):
+            raise InvalidValue(f'GraphSAGE: aggregator = {aggregator!r}; "mean" or "gcn" is expected')
+        self.aggregator = aggregator
+        conv = _layers().SAGEConv if aggregator == "mean" else SelfMeanConv
         widths = [in_features, *[hidden] * (depth - 1), num_classes]
         for number in range(depth):
             self.layers.append(conv(widths[number], widths[number + 1]))
@@ -197,9 +230,37 @@ class GraphSAGE(_NodeClassifier):
         """Features (N, in_features), dense or sparse COO, and edges (2, E) → logits (N, classes)."""
         self._check(x, edge_index)
         for number, layer in enumerate(self.layers):
-            x = feature_dropout(x if number == 0 else relu(x), self.dropout, self.training)
-            x = layer(x, edge_index) if x.layout == torch.strided else _sparse_sage(layer, x, edge_index)
+            x = self._convolve(layer, x if number == 0 else relu(x), edge_index)
         return x
+
+    def _first(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return relu(self._convolve(self.layers[0], x, edge_index))
+
+    def _convolve(self, layer: Any, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = feature_dropout(x, self.dropout, self.training)
+        sparse = x.layout != torch.strided and self.aggregator == "mean"
+        return _sparse_sage(layer, x, edge_index) if sparse else layer(x, edge_index)
+
+
+class SelfMeanConv(nn.Module):
+    """W · (Σ over edges u→v of x_u + x_v) / (deg_v + 1) + b: GraphSAGE's aggregator "gcn", without a root weight.
+
+    A node with a loop counts itself twice. W and b begin as those of torch's ``Linear``.
+
+    Shapes: x (N, in_features), dense or sparse COO, edge_index (2, E) → (N, out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Float[Tensor, "..."], edge_index: Shaped[Tensor, "2 e"]) -> Float[Tensor, "n out"]:
+        """W comes before the mean, which commutes."""
+        source, target = edge_index[0], edge_index[1]
+        x = torch.sparse.mm(x, self.lin.weight.T) if x.layout == torch.sparse_coo else linear(x, self.lin.weight)
+        summed = x.index_add(0, target, x[source])
+        degree = x.new_ones(x.shape[0]).index_add(0, target, torch.ones_like(target, dtype=x.dtype))
+        return summed / degree[:, None] + self.lin.bias
 
 
 def _sparse_sage(layer: SAGEConv, x: Tensor, edge_index: Tensor) -> Tensor:

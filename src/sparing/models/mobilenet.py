@@ -6,7 +6,7 @@ are known to every export format and INT8 kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
 from sparing.models.convnet import each, whole
+from sparing.models.surgery import fill
 
 
 class InvertedResidual(nn.Module):
@@ -40,7 +41,8 @@ class InvertedResidual(nn.Module):
 class MobileNet(nn.Module):
     """Inverted residuals in the style of MobileNetV2: stem, four stages at halving resolution, mean, linear layer.
 
-    Shapes: (N, in_channels, H, W) → logits (N, num_classes).
+    Shapes: (N, in_channels, H, W) → logits (N, num_classes); with ``features_only`` → the list of the stages' outputs,
+    at strides 2, 4, 8 and 16 times ``stem_stride``.
 
     Args:
         in_channels: channels of an image.
@@ -53,6 +55,7 @@ class MobileNet(nn.Module):
         expansion: channels inside a block over those of its input.
         kernel: of the depth-wise convolutions, odd.
         hidden: channels inside each block, in order, in place of ``expansion``.
+        features_only: a feature pyramid instead of a classifier; there is no head then.
 
     The default has 136,770 parameters with 3 channels and 10 classes, and is made for 64 pixels.
     """
@@ -69,6 +72,7 @@ class MobileNet(nn.Module):
         expansion: float = 5.5,
         kernel: int = 3,
         hidden: Sequence[int] | None = None,
+        features_only: bool = False,
     ) -> None:
         super().__init__()
         whole("mobilenet", in_channels=in_channels, num_classes=num_classes, image_size=image_size, stem_dim=stem_dim)
@@ -83,6 +87,8 @@ class MobileNet(nn.Module):
         if not expansion >= 1:
             raise InvalidValue(f"mobilenet: expansion = {expansion!r}; 1 or more is expected")
         self.in_channels, self.smallest = in_channels, stem_stride << len(widths)
+        self.features_only, self.embed_dims = features_only, tuple(widths)
+        self._absent: tuple[str, ...] = ()
         if image_size < self.smallest:
             raise InvalidValue(
                 f"mobilenet: image_size = {image_size}; {len(widths)} stages that halve, after a stride of "
@@ -99,10 +105,10 @@ class MobileNet(nn.Module):
                 dim = width
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = None if features_only else nn.Linear(dim, num_classes)
 
-    def forward(self, images: Float[Tensor, "..."]) -> Float[Tensor, "n classes"]:
-        """(N, in_channels, H, W) → logits (N, num_classes)."""
+    def forward_features(self, images: Float[Tensor, "..."]) -> list[Float[Tensor, "n c h w"]]:
+        """(N, in_channels, H, W) → the output of each stage."""
         if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < self.smallest:
             raise InvalidValue(
                 f"mobilenet: an input of shape {tuple(images.shape)}; (N, {self.in_channels}, H, W) with H and W of at "
@@ -110,7 +116,35 @@ class MobileNet(nn.Module):
             )
         if not torch.jit.is_tracing():
             images = images.contiguous(memory_format=torch.channels_last)  # kept by all layers, quicker on a CPU
-        return self.head(self.stages(self.stem(images)).mean((2, 3)))
+        x, features = self.stem(images), []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+    def forward(self, images: Float[Tensor, "..."]) -> Tensor | list[Tensor]:
+        """(N, in_channels, H, W) → logits (N, num_classes), or with ``features_only`` the output of each stage."""
+        features = self.forward_features(images)
+        return features if self.head is None else self.head(features[-1].mean((2, 3)))
+
+    def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state dict into this model; a backbone (``features_only``) leaves out a classifier's head,
+        and the stages it was told not to keep.
+
+        Raises :class:`InvalidValue` that lists every tensor that does not fit.
+        """
+        fill(self, state, "mobilenet", ignored=("head.", *self._absent) if self.features_only else ())
+
+    def keep_stages(self, count: int) -> None:
+        """Leave out the stages of a backbone after the first ``count``, where nothing looks at them."""
+        if not self.features_only or not 1 <= count <= len(self.embed_dims):
+            raise InvalidValue(
+                f"mobilenet: keep_stages({count!r}); 1…{len(self.embed_dims)} is expected, of a network with "
+                "features_only"
+            )
+        self._absent = tuple(f"stages.{stage}." for stage in range(count, len(self.stages)))
+        self.stages = nn.Sequential(*list(self.stages)[:count])
+        self.embed_dims = self.embed_dims[:count]
 
 
 def _convolution(dim_in: int, dim_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:

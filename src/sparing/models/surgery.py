@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,3 +87,26 @@ def run_on(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     positional, named = inputs
     with torch.no_grad():
         return model(*(map_leaves(place, value) for value in positional), **map_leaves(place, named))
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], what: str, ignored: Sequence[str] = ()) -> None:
+    """Copy a state dict into a model, without the tensors whose names begin with one of ``ignored``.
+
+    Nothing else may be missing or too much. Raises :class:`InvalidValue` that lists every tensor that does not fit;
+    ``what`` begins the message.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(ignored))}
+    own = model.state_dict()
+    wrong = [f"{name}: missing" for name in own if name not in state]
+    wrong += [f"{name}: not of this model" for name in state if name not in own]
+    wrong += [
+        f"{name}: {tuple(state[name].shape)}, here {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise InvalidValue(
+            f"{what}: {len(wrong)} tensors of the checkpoint do not fit this model; {'; '.join(wrong)}. "
+            "Build the model with the checkpoint's variant, classes and channels"
+        )
+    model.load_state_dict(state)

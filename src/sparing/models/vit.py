@@ -38,9 +38,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * inner)
         self.proj = nn.Linear(inner, dim)
 
+    def split(self, x: Float[Tensor, "b n dim"]) -> Float[Tensor, "3 b heads n head"]:
+        """(B, N, dim) → queries, keys and values of each head (3, B, heads, N, units of a head)."""
+        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x: Float[Tensor, "b n dim"]) -> Float[Tensor, "b n dim"]:
         """(B, N, dim) → (B, N, dim)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.split(x)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 

@@ -411,8 +411,11 @@ class GroupFtrl(Step):
     stage: ClassVar[Stage] = Stage.TRAINING
     needs: ClassVar[frozenset[str]] = frozenset({"module"})
     fragile: ClassVar[frozenset[str]] = frozenset({"rows of zeros"})
-    # an average of weights, or a step that is perturbed, has no exact zeros
-    slots: ClassVar[frozenset[str]] = frozenset({"optimizer", "average of weights", "learning-rate perturbation"})
+    # an average of weights, or a step that is perturbed, has no exact zeros; and FTRL makes weights anew from all
+    # gradients at the present rate, so that a schedule which falls to 0 would take the weights there with it
+    slots: ClassVar[frozenset[str]] = frozenset(
+        {"optimizer", "scheduler", "average of weights", "learning-rate perturbation"}
+    )
     source: ClassVar[str] = (
         "Yan and Li 2020, xDeepInt, arXiv:2301.01089; group lasso: Ni et al. 2019, Feature Selection for Facebook Feed "
         "Ranking System via a Group-Sparsity-Regularized Training Algorithm, CIKM; FTRL: McMahan et al. 2013, alg. 1"

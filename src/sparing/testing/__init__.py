@@ -12,7 +12,7 @@ and kill what they forked.
 """
 
 from sparing.testing.cases import QUICK, StepCase, offline, registered, tiny_task
-from sparing.testing.graphs import TinyGraph, TinyGraphs, graph_of
+from sparing.testing.graphs import TinyGraph, TinyGraphs, TinyPeople, graph_of
 from sparing.testing.kills import survives_kills
 from sparing.testing.models import MODEL_CHECKS, ModelCase, check_model
 from sparing.testing.steps import STEP_CHECKS, check_step
@@ -28,6 +28,7 @@ __all__ = [
     "TaskCase",
     "TinyGraph",
     "TinyGraphs",
+    "TinyPeople",
     "check_model",
     "check_step",
     "check_task",

@@ -1,10 +1,11 @@
-"""A small graph, and a small set of graphs, in memory: what steps and models on graphs are tried on."""
+"""Small graphs, and a small set of graphs, in memory: what steps and models on graphs are tried on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparing.tasks.graphs.groups import GroupedNodeClassification
 from sparing.tasks.graphs.nodes import NodeClassification
 from sparing.tasks.graphs.sets import GraphClassification
 
@@ -41,6 +42,47 @@ class TinyGraph(NodeClassification):
             x=(words / words.sum(1, keepdim=True)).to_sparse(),
             edge_index=to_undirected(pairs),
             y=y,
+            train_mask=part < 2,
+            val_mask=part == 2,
+            test_mask=part == 3,
+        )
+
+
+class TinyPeople(GroupedNodeClassification):
+    """Two classes of 120 nodes in two groups, which know their own and mostly their own class.
+
+    The class "yes" is more frequent in the group "b". A feature tells the group, another the class; features are dense,
+    and each node has a loop.
+    """
+
+    name = "tiny_people"
+    labels = ("no", "yes")
+    group_names = ("a", "b")
+    in_features = 4
+    example_nodes = 120
+    example_edges = 600
+
+    def read(self, root: Path | None) -> Data:
+        """Made by a generator of its own: 60 nodes train and calibrate, 30 validate, 30 test."""
+        import torch
+        from torch_geometric.data import Data
+        from torch_geometric.utils import add_self_loops, to_undirected
+
+        draw = torch.Generator().manual_seed(0)
+        sens = torch.arange(120) % 2
+        y = (torch.rand(120, generator=draw) < 0.3 + 0.4 * sens).long()
+        x = torch.randn(120, 4, generator=draw)
+        x[:, 0] += 2 * y
+        x[:, 1] += 2 * sens
+        pairs = torch.randint(120, (2, 1200), generator=draw)
+        alike = (y[pairs[0]] == y[pairs[1]]) | (torch.rand(1200, generator=draw) < 0.2)
+        pairs = pairs[:, alike & (sens[pairs[0]] == sens[pairs[1]]) & (pairs[0] != pairs[1])]
+        part = torch.arange(120) // 30
+        return Data(
+            x=x,
+            edge_index=add_self_loops(to_undirected(pairs, num_nodes=120), num_nodes=120)[0],
+            y=y,
+            sens=sens,
             train_mask=part < 2,
             val_mask=part == 2,
             test_mask=part == 3,

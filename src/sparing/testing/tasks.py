@@ -31,6 +31,8 @@ class TaskCase:
     """The data folder."""
     repeats: str = ""
     """Why equal items may be in two splits; "": they must not."""
+    weight: Callable[[Any], float] = lambda batch: 1
+    """How much a batch of one sample counts in a mean loss: where that is over tokens, their number."""
 
     @cached_property
     def task(self) -> Task:
@@ -146,22 +148,23 @@ def _fixed(tree: Any, of_three: Any, of_two: Any) -> list[tuple[int | None, ...]
 
 
 def its_loss_is_reduced_as_it_says(case: TaskCase, folder: Path) -> None:
-    """A finite scalar with a gradient; over two samples the mean, or the sum, of theirs."""
+    """A finite scalar with a gradient; over two samples the mean by weight, or the sum, of theirs."""
     import torch
 
     model = case.task.default_model().eval()
     items = [case.splits.train[i] for i in range(2)]
-    losses = []
+    losses, weights = [], []
     for chosen in (items, items[:1], items[1:]):
         batch = next(batches_of(chosen, 2, case.task.collate))
         losses.append(case.task.loss(case.task.outputs(model, batch), batch))
+        weights.append(case.weight(batch))
     assert losses[0].shape == ()
     assert losses[0].requires_grad
     assert bool(torch.isfinite(losses[0]))
     both = losses[1] + losses[2]
-    torch.testing.assert_close(
-        losses[0], both / 2 if case.task.loss_reduction == "mean" else both, rtol=1e-4, atol=1e-5
-    )
+    if case.task.loss_reduction == "mean":
+        both = (weights[1] * losses[1] + weights[2] * losses[2]) / (weights[1] + weights[2])
+    torch.testing.assert_close(losses[0], both, rtol=1e-4, atol=1e-5)
 
 
 def its_evaluation_is_complete(case: TaskCase, folder: Path) -> None:

@@ -3,7 +3,7 @@
 Importing this imports neither torch nor onnxruntime; a predictor imports what runs it when it is made.
 """
 
-from sparing.core.predictor.base import Context, Description, Predictor
+from sparing.core.predictor.base import Context, Description, Operations, Predictor
 from sparing.core.predictor.folder import Manifest, load, nest, unnest
 from sparing.core.predictor.module import ModelSpec, ModulePredictor, build_model, named_model, outline, spec_of
 from sparing.core.predictor.onnx import OnnxPredictor, to_onnx
@@ -17,6 +17,7 @@ __all__ = [
     "ModulePredictor",
     "OnnxPredictor",
     "Operation",
+    "Operations",
     "Predictor",
     "Preprocessing",
     "build_model",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from sparing.core.errors import InvalidValue
-from sparing.core.predictor.preprocessing import Preprocessing
+from sparing.core.predictor.preprocessing import Operation, Preprocessing
 
 if TYPE_CHECKING:
     from sparing.core.predictor.folder import Manifest
@@ -39,6 +39,19 @@ class Description:
     """Per layer, where known: {"name", "type", "parameters", …}."""
     fetched_bytes: int | None = None
     """Bytes of the payload that one answer reads; None: all."""
+    accumulates: int | None = None
+    """Additions for one sample that take the place of multiply-accumulates, as spikes allow; None: there are none."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What one sample costs where that depends on the data, measured on some."""
+
+    macs: int
+    accumulates: int
+    """Additions that take the place of multiply-accumulates."""
+    rule: str
+    """How both were counted, and on what."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Context:
     """The task's name."""
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    postprocessing: Operation | None = None
+    """What makes answers of the model's outputs, where these are not answers yet."""
 
     @classmethod
     def of(cls, source: Context | Task | Predictor | None) -> Context:
@@ -59,7 +74,7 @@ class Context:
             return source
         if isinstance(source, Predictor):
             return source.context
-        return cls(source.name, tuple(source.labels), source.preprocessing)
+        return cls(source.name, tuple(source.labels), source.preprocessing, source.postprocessing)
 
 
 class Predictor(ABC):
@@ -92,6 +107,10 @@ class Predictor(ABC):
     def describe(self) -> Description:
         """Sizes and counts of this predictor."""
 
+    def operations_on(self, task: Task, split: Any) -> Operations | None:
+        """Operations of one sample of a split, where they depend on the data; None: :meth:`describe` has them."""
+        return None
+
     @abstractmethod
     def payload(self) -> tuple[dict[str, bytes], dict[str, Any]]:
         """(file name → content, JSON-able settings): all that :meth:`load_files` needs to answer the same again."""
@@ -116,10 +135,11 @@ class Predictor(ABC):
         return self.context.preprocessing
 
     def predict(self, raws: Sequence[Any]) -> Any:
-        """Raw inputs, as the task's files hold them → the model's outputs for them."""
+        """Raw inputs, as the task's files hold them → the answers: the model's outputs, after any postprocessing."""
         if self.preprocessing is None:
             raise InvalidValue("this predictor was saved without preprocessing; call it with model inputs instead")
-        return self(self.preprocessing(raws))
+        outputs = self(self.preprocessing(raws))
+        return outputs if self.context.postprocessing is None else self.context.postprocessing(outputs)
 
     def set_threads(self, threads: int | None) -> None:
         """Use this many threads from now on; None for the runtime's default."""

@@ -54,13 +54,17 @@ class Manifest:
     task: str
     labels: tuple[str, ...]
     preprocessing: list[dict[str, Any]] | None
+    postprocessing: dict[str, Any] | None = None
     digest: str = ""
     """SHA-256 of the canonical JSON of all other entries."""
 
     def context(self) -> Context:
-        """Task name, labels and preprocessing, the latter built from its registered operations."""
+        """Task name, labels, preprocessing and postprocessing, these built from their registered operations."""
         made = None if self.preprocessing is None else Preprocessing.from_config(self.preprocessing)
-        return Context(self.task, self.labels, made)
+        after = None
+        if self.postprocessing is not None:
+            (after,) = Preprocessing.from_config([self.postprocessing]).operations
+        return Context(self.task, self.labels, made, after)
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Manifest:
@@ -113,6 +117,9 @@ def pack(predictor: Predictor) -> tuple[dict[str, Any], dict[str, bytes]]:
         "labels": list(predictor.labels),
         "preprocessing": None if preprocessing is None else preprocessing.to_config(),
     }
+    after = predictor.context.postprocessing
+    if after is not None:
+        (manifest["postprocessing"],) = Preprocessing((after,)).to_config()
     return manifest | {"digest": digest_of(manifest)}, payload | predictor.attachments
 
 
@@ -274,6 +281,7 @@ def model_card(predictor: Predictor, manifest: Mapping[str, Any], ledger: str = 
         ),
         ("labels", ", ".join(predictor.labels) or "n.a."),
         ("preprocessing", " → ".join(entry["operation"] for entry in manifest["preprocessing"] or []) or "none"),
+        ("postprocessing", (manifest.get("postprocessing") or {"operation": "none"})["operation"]),
     ]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     files = "\n".join(

@@ -15,8 +15,9 @@ import numpy as np
 
 from sparing.core import files as storage
 from sparing.core import registry
+from sparing.core.collation import batches_of
 from sparing.core.errors import CorruptFile, InvalidValue, SparingError, UnknownName, UntrustedCode, did_you_mean
-from sparing.core.predictor.base import Context, Description, Predictor
+from sparing.core.predictor.base import Context, Description, Operations, Predictor
 from sparing.core.predictor.tree import map_leaves, to_numpy
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sparing.core.task import Task
 
 WEIGHTS = "model.safetensors"
+MEASURING_BATCH = 64
 MACS_RULE = (
     "products of matrix multiplications, convolutions and attention for one sample (torch.utils.flop_counter / 2); "
     "normalisation, activations, pooling and bias not counted"
@@ -196,6 +198,11 @@ class ModulePredictor(Predictor):
                 layers=tuple(_layers(self.model, layers)),
             )
         return self._description
+
+    def operations_on(self, task: Task, split: Any) -> Operations | None:
+        """Measured by the module's own ``operations_of(batches)``, where it has one, as spiking networks do."""
+        measure = getattr(self.model, "operations_of", None)
+        return None if measure is None else measure(batches_of(split, MEASURING_BATCH, task.collate))
 
     def payload(self) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Builder, config and weights; refuses, with the reason, a module that would not come back the same."""

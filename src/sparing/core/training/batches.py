@@ -16,7 +16,7 @@ Nothing a loader has fetched ahead counts as consumed, so the position does not 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,14 @@ class IndexBatch(list[int]):
         return IndexBatch, (list(self), self.epoch, self.number, self.rank)
 
 
+class FetchedItems(list[Any]):
+    """Items of one batch, and the batch: what a collation may need to know of how they were chosen."""
+
+    def __init__(self, items: Iterable[Any], batch: Sequence[int]) -> None:
+        super().__init__(items)
+        self.batch = batch
+
+
 class Batches:
     """Batch sampler whose order is a pure function of (seed, epoch) and whose position can be set.
 
@@ -82,7 +90,8 @@ class Batches:
     (see :meth:`shares`).
 
     Subclasses that choose samples differently override :meth:`order` or :meth:`epoch_batches`, which must stay pure in
-    the epoch, and keep ``len`` the same for every epoch.
+    the epoch, and keep ``len`` the same for every epoch. What they choose by may depend on the training's length
+    (:meth:`begin`), and what becomes of the items on how they were chosen (:meth:`collation`).
     """
 
     def __init__(
@@ -118,6 +127,14 @@ class Batches:
             )
         self.shard(rank, world)
         self.seek(0, 0)
+
+    def begin(self, epochs: int, max_steps: int | None, accumulate: int) -> int:
+        """Optimizer steps of a training, which is told before its first batch; ``epochs`` if ``max_steps`` is None."""
+        return epochs * -(-len(self) // accumulate) if max_steps is None else max_steps
+
+    def collation(self, collate: Callable[[list[Any]], Any] | None) -> Callable[[list[Any]], Any] | None:
+        """What makes a batch of the :class:`FetchedItems` of a loader; by default the task's own way."""
+        return collate
 
     def shard(self, rank: int, world: int) -> None:
         """Yield the part of process ``rank`` of ``world`` from now on."""
@@ -198,4 +215,4 @@ class SeededItems:
         if not isinstance(batch, IndexBatch):
             raise InvalidValue("SeededItems needs the batches of sparing's Batches as the loader's batch_sampler")
         with _seeded(self.seed, "items", batch.epoch, batch.number, batch.rank):
-            return items_of(self.dataset, batch, "of the training data ")
+            return FetchedItems(items_of(self.dataset, batch, "of the training data "), batch)

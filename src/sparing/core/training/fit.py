@@ -50,6 +50,8 @@ class FitResult:
     skipped: int = 0
     """Batches left out because their loss was not finite."""
     remarks: tuple[str, ...] = ()
+    figures: dict[str, tuple[float, str, Any, Any]] = field(default_factory=dict)
+    """What callbacks recorded for the training's row: name → (value, unit, how it is known, what is better)."""
 
     def record(self) -> dict[str, Any]:
         """Everything but the model, as plain JSON."""
@@ -62,7 +64,8 @@ class FitResult:
     def of(cls, model: nn.Module, record: dict[str, Any]) -> FitResult:
         """The result of a stored :meth:`record` and its model."""
         curves = {name: [(float(x), float(y)) for x, y in points] for name, points in record["curves"].items()}
-        return cls(model, **record | {"curves": curves, "remarks": tuple(record["remarks"])})
+        figures = {name: tuple(given) for name, given in record["figures"].items()}
+        return cls(model, **record | {"curves": curves, "remarks": tuple(record["remarks"]), "figures": figures})
 
 
 def fit(

@@ -173,6 +173,7 @@ class Training(pl.LightningModule):
             "window": [0.0, 0],
             "gaps": {},
             "remarks": [],
+            "recorded": {},
             "curves": {"train_loss": [], "lr": []},
         }
         self.best_weights: dict[str, Tensor] = {}
@@ -200,7 +201,7 @@ class Training(pl.LightningModule):
             num_workers=self.settings.workers,
             persistent_workers=self.settings.workers > 0,
             pin_memory=self.device.type == "cuda",
-            collate_fn=self.task.collate,
+            collate_fn=self.batches.collation(self.task.collate),
             generator=torch.Generator().manual_seed(self.seed),  # else the loader draws from the global generator
         )
 
@@ -345,6 +346,10 @@ class Training(pl.LightningModule):
     def tell(self, remark: str) -> None:
         """Add a remark to the training's row; for callbacks."""
         self.figures["remarks"].append(remark)
+
+    def record(self, name: str, value: float, unit: str, better: str = "lower", how: str = "measured") -> None:
+        """Add a figure to the training's row, as ``job.record`` does, or put it in the place of an earlier one."""
+        self.figures["recorded"][name] = [float(value), unit, how, better]
 
     def _point(self) -> None:
         figures = self.figures
@@ -720,9 +725,8 @@ def run(
         raise IncompatibleStep(f"the model {type(model).__name__} has nothing to train: {frozen}")
     home = parameters[0].device if parameters else torch.device("cpu")
     modes = {module: module.training for module in model.modules()}
-    per_epoch = -(-len(batches) // settings.accumulate)
-    total = settings.epochs * per_epoch if settings.max_steps is None else settings.max_steps
-    epochs = -(-total // per_epoch)
+    total = batches.begin(settings.epochs, settings.max_steps, settings.accumulate)
+    epochs = -(-total // -(-len(batches) // settings.accumulate))
     with surroundings(settings.deterministic):
         reseed(seed, "start")
         model.train()
@@ -770,6 +774,7 @@ def run(
         skipped=figures["skipped"],
         restored=bool(settings.restore_best and module.best_weights),
         remarks=tuple(remarks),
+        figures={name: tuple(given) for name, given in figures["recorded"].items()},
         **kept,
     )
 

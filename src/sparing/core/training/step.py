@@ -163,6 +163,8 @@ class Train(Step):
             job.record("best epoch", result.best_epoch, "", better="")
         if result.skipped:
             job.record("skipped batches", result.skipped, "", better="lower")
+        for name, (value, unit, how, better) in result.figures.items():
+            job.record(name, value, unit, how, better)
         job.notes.curves.update(result.curves)
         job.notes.remarks.extend(result.remarks)
 

@@ -85,9 +85,17 @@ class NodeClassification(Task):
         given = nodes["train"]
         nodes |= {"train": given[torch.from_numpy(parts["rest"])]}
         nodes |= {"calibration": given[torch.from_numpy(parts["calibration"])]}
+        sens = self.groups_of(data)
         return Splits(
-            **{name: NodeSet(data.x, data.edge_index, members, data.y[members]) for name, members in nodes.items()}
+            **{
+                name: NodeSet(data.x, data.edge_index, members, data.y[members], sens=sens)
+                for name, members in nodes.items()
+            }
         )
+
+    def groups_of(self, data: Data) -> Tensor | None:
+        """The group of each node by a sensitive attribute (N,), 0, 1 or −1 for neither; None: there is none."""
+        return None
 
     def outputs(self, model: nn.Module | Predictor, batch: Any) -> Any:
         """Logits (N, classes) of all nodes of the batch's graph."""
@@ -119,6 +127,10 @@ class NodeClassification(Task):
                 f"({len(batch[0])}, {len(self.labels)}), are expected"
             )
         logits = np.asarray(outputs)[nodes]
+        return self.scored(logits, targets, nodes)
+
+    def scored(self, logits: np.ndarray, targets: np.ndarray, nodes: np.ndarray) -> Evaluation:
+        """The metrics of logits (n, classes) for classes (n,) of the graph's nodes of these numbers (n,)."""
         found = evaluate_classification(logits, targets, self.labels)
         f1 = macro_f1(logits.argmax(axis=1), targets, len(self.labels))
         return Evaluation({**found.metrics, "macro_f1": f1}, found.per_unit, found.by_class)

@@ -31,7 +31,47 @@ ORDINARY = (
 )
 
 
-class TextTask(Task):
+class ReadTask(Task):
+    """A task whose data are read from the data folder, once, and which is known by its :meth:`definition`."""
+
+    def __init__(self) -> None:
+        self._root: Path | None = None
+        self._splits: dict[Path | None, Splits] = {}
+
+    def _whole(self, name: str, value: Any, least: int, most: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise InvalidValue(f"{self.name}: {name} = {value!r}; a whole number in {least}…{most} is expected")
+        return value
+
+    def _limit(self, name: str, value: Any) -> int | None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidValue(f"{self.name}: {name} = {value!r}; a whole number of at least 1 is expected, or none")
+        return value
+
+    @abstractmethod
+    def make_splits(self, root: Path) -> Splits:
+        """The datasets under the data folder ``root``."""
+
+    def splits(self, root: Path | None = None) -> Splits:
+        """Read once for each ``root`` and kept."""
+        self._root = root
+        if root not in self._splits:
+            self._splits[root] = self.make_splits(data_root(root))
+        return self._splits[root]
+
+    def definition(self) -> dict[str, Any]:
+        """What besides the source code decides this task's splits and figures, JSON-able."""
+        return {
+            "task": f"{type(self).__module__}.{type(self).__qualname__}",
+            "metrics": [metric.name for metric in self.metrics],
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of :meth:`definition`; texts and vocabulary are looked at with the splits."""
+        return hashlib.sha256(canonical_json(self.definition()).encode()).hexdigest()
+
+
+class TextTask(ReadTask):
     """Texts as numbers of word pieces; a model takes them, int64 (N, T), padded behind to the longest of a batch.
 
     The vocabulary is made of the training texts of the corpora named, or read from a file. It is the same for all tasks
@@ -50,6 +90,7 @@ class TextTask(Task):
     def __init__(
         self, length: int, vocabulary: str | Sequence[str] | None, vocab_size: int = PIECES, lowercase: bool = True
     ) -> None:
+        super().__init__()
         self.length = self._whole("length", length, 8, 1 << 13)
         self.vocab_size = self._whole("vocab_size", vocab_size, len(SPECIAL) + 2, 1 << 20)
         names = [vocabulary] if isinstance(vocabulary, str | Path) else vocabulary
@@ -61,34 +102,11 @@ class TextTask(Task):
             raise InvalidValue(f"{self.name}: lowercase = {lowercase!r}; true or false is expected")
         self.vocabulary = None if names is None else [str(name) for name in names]
         self.lowercase = lowercase
-        self._root: Path | None = None
-        self._splits: dict[Path | None, Splits] = {}
         self._wordpieces: dict[Path, WordPiece] = {}
-
-    def _whole(self, name: str, value: Any, least: int, most: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise InvalidValue(f"{self.name}: {name} = {value!r}; a whole number in {least}…{most} is expected")
-        return value
-
-    def _limit(self, name: str, value: Any) -> int | None:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidValue(f"{self.name}: {name} = {value!r}; a whole number of at least 1 is expected, or none")
-        return value
 
     @abstractmethod
     def training_texts(self, root: Path) -> Sequence[str]:
         """The texts this task trains on, of which a vocabulary of its own is made."""
-
-    @abstractmethod
-    def make_splits(self, root: Path) -> Splits:
-        """The datasets under the data folder ``root``."""
-
-    def splits(self, root: Path | None = None) -> Splits:
-        """Read once for each ``root`` and kept."""
-        self._root = root
-        if root not in self._splits:
-            self._splits[root] = self.make_splits(data_root(root))
-        return self._splits[root]
 
     @property
     def wordpiece(self) -> WordPiece:
@@ -178,14 +196,6 @@ class TextTask(Task):
         return build_model("bert", self)
 
     def definition(self) -> dict[str, Any]:
-        """What besides the source code decides this task's splits and figures, JSON-able."""
-        return {
-            "task": f"{type(self).__module__}.{type(self).__qualname__}",
-            "length": self.length,
-            "vocabulary": [self.vocabulary, self.vocab_size, self.lowercase],
-            "metrics": [metric.name for metric in self.metrics],
-        }
-
-    def fingerprint(self) -> str:
-        """Hash of :meth:`definition`; texts and vocabulary are looked at with the splits."""
-        return hashlib.sha256(canonical_json(self.definition()).encode()).hexdigest()
+        """With the length and what makes the vocabulary."""
+        own = {"length": self.length, "vocabulary": [self.vocabulary, self.vocab_size, self.lowercase]}
+        return {**super().definition(), **own}

@@ -1,0 +1,1 @@
+"""Events of event cameras: streams, frames made of them, a simulator, and readers of published recordings."""
