@@ -33,7 +33,7 @@ def test_list_is_the_registry(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_list_takes_wildcards(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "steps", "*t?l", "--json"]) == 0
-    assert [entry["name"] for entry in json.loads(capfd.readouterr().out)] == ["distil"]
+    assert [entry["name"] for entry in json.loads(capfd.readouterr().out)] == ["distil", "group_ftrl"]
     assert main(["list", "models", "nothing*"]) == 0
     assert "nothing matches 'nothing*'" in capfd.readouterr().out
     assert main(["list"]) == 0
@@ -197,6 +197,7 @@ def test_data_list_and_check(tmp_path: Path, photos: Path, capfd: pytest.Capture
     document = json.loads(capfd.readouterr().out)
     present = {line["name"]: line["present"] for line in document["data"]}
     names = ("fashion_mnist", "cifar10", "cora", "citeseer", "mutag", "nci1", "proteins", "dd")
+    names += ("recidivism", "credit_default", "german_credit")
     names += ("sst2", "ag_news", "trec", "hflights", "squad", "tiny_shakespeare", "us_addresses")
     assert present == dict.fromkeys(names, False)
     assert main(["data", "check", "fashion_mnist", "--data", str(tmp_path)]) == 1
