@@ -155,7 +155,7 @@ def test_an_onnx_graph_answers_any_graphs(fields: dict) -> None:
     graph = to_onnx(model, task=TinyGraphs())
     assert graph.origin["exporter"] == "trace"
     scatters = [node for node in graph.graph().graph.node if node.op_type.startswith("Scatter")]
-    assert {node.op_type for node in scatters} == {"ScatterND"}
+    assert {node.op_type for node in scatters} == {"ScatterElements"}
     none = torch.empty(2, 0, dtype=torch.int64)
     for x, edges, ptr in (
         (torch.rand(1, 2), none, [0, 1]),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparing.core.errors import CorruptFile, InvalidValue, NotExportable
-from sparing.core.predictor import Context, ModulePredictor, OnnxPredictor, build_model, load, to_onnx
+from sparing.core.predictor import Context, ModulePredictor, OnnxPredictor, build_model, load, to_onnx, torch_to_onnx
 from sparing.core.predictor.graph import lean, weights_of
 from sparing.core.predictor.tree import leaves
 
@@ -133,3 +133,25 @@ def test_a_lean_graph_answers_the_same_in_fewer_bytes(onnx: OnnxPredictor, image
     made = OnnxPredictor(content, Context())
     np.testing.assert_array_equal(made(images), onnx(images))
     assert weights_of(graph)[1:3] == weights_of(onnx.graph())[1:3]
+
+
+@pytest.mark.parametrize("exporter", ["trace", "torch_export"])
+def test_rows_are_added_by_index_as_torch_adds_them(exporter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all threads, and each index many times: a graph that loses sums would do so now and then."""
+
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            count = x.new_ones(50).index_add(0, index, torch.ones_like(index, dtype=x.dtype))
+            return x.new_zeros(50, x.shape[1]).index_add(0, index, x) / count[:, None]
+
+    def failing(*_: object) -> bytes:
+        raise RuntimeError("not this one")
+
+    if exporter == "torch_export":
+        monkeypatch.setattr(torch_to_onnx, "_trace", failing)
+    x, index = torch.randn(20_000, 24), torch.arange(20_000) % 50
+    made = to_onnx(Sums(), (x, index))
+    assert made.origin["exporter"] == exporter
+    expected = Sums()(x, index).numpy()
+    for _ in range(20):
+        np.testing.assert_allclose(made(x.numpy(), index.numpy()), expected, atol=1e-5)
