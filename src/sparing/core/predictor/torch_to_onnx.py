@@ -246,8 +246,9 @@ def _index_add(into: Any, dim: int, index: Any, rows: Any, alpha: float = 1) -> 
     As a ScatterND, which is 20 times as fast for rows of 128, ONNX Runtime adds with several threads at once, and loses
     sums where an index occurs twice.
     """
-    from onnxscript import opset20 as operators
+    import onnxscript
 
+    operators: Any = onnxscript.opset20  # which takes numbers for constants, whatever its types say
     if alpha != 1:
         raise NotExportable("index_add is scaled; add what is multiplied before")
     for axis in range(len(rows.shape)):
