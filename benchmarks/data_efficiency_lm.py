@@ -227,9 +227,8 @@ def shakespeare_runs(budget: int) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     for seed in SEEDS:
         for name, arm in ARMS.items():
-            found[name].append(
-                kept.once(f"{name} {arm}, {budget}, seed {seed}", lambda: train_shakespeare(seed, arm, budget))  # noqa: B023  # called at once
-            )
+            train = functools.partial(train_shakespeare, seed, arm, budget)
+            found[name].append(kept.once(f"{name} {arm}, {budget}, seed {seed}", train))
     return found
 
 
@@ -364,10 +363,8 @@ def measure_addresses() -> list[Claim]:
     found: dict[str, list[dict[str, float]]] = {"baseline": [], **{name: [] for name in METRICS}}
     for seed in SEEDS:
         for name in found:
-            metric = None if name == "baseline" else name
-            found[name].append(
-                kept.once(f"{name}, {BUDGET}, seed {seed}", lambda: train_addresses(seed, metric, BUDGET))  # noqa: B023  # called at once
-            )
+            train = functools.partial(train_addresses, seed, None if name == "baseline" else name, BUDGET)
+            found[name].append(kept.once(f"{name}, {BUDGET}, seed {seed}", train))
     settings = SETTINGS | {
         "effective tokens": f"{BUDGET}, padding not counted",
         "batch": f"{BATCH} lines, cut to the longest of them",
