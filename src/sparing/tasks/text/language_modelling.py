@@ -16,7 +16,7 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import log_softmax
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.task import IGNORED, Evaluation, Metric, Splits
-from sparing.data.root import data_root
+from sparing.data.root import cut_shares, data_root
 from sparing.data.sequences import (
     Sequences,
     cut_documents,
@@ -28,7 +28,6 @@ from sparing.data.sequences import (
 )
 from sparing.data.tokenizing import END, BytePairs, Characters, Tokens, train_byte_pairs
 from sparing.tasks.text.base import ReadTask
-from sparing.tasks.text.classification import cut_shares
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
