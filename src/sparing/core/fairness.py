@@ -114,9 +114,10 @@ def rate_by_group(
     outcome: Shaped[ndarray, " n"], sens: Shaped[ndarray, " n"], groups: Sequence[Any] | None = None
 ) -> tuple[float, float]:
     """Mean outcome (n,) of the first and of the second group; NaN for a group without a unit."""
-    return tuple(  # type: ignore[return-value]  # two groups
+    first, second = (
         float(np.mean(outcome[members])) if members.any() else float("nan") for members in group_masks(sens, groups)
     )
+    return first, second
 
 
 @dataclass
@@ -154,12 +155,12 @@ class GroupThresholds:
                 kind = "unit" if self.metric == "sp" else "positive unit"
                 raise InvalidValue(f"the group {number} holds no {kind} to set a threshold by")
             tables.append(np.sort(scores[counted])[::-1])
-        best, found = -1.0, (0.0, 0.0)
+        best, found = -1, (0.0, 0.0)
         for share in np.linspace(0, 1, self.grid + 1):
             at = [_threshold(table, share) for table in tables]
-            right = np.mean([_right(scores[m], labels[m], t) for m, t in zip(members, at, strict=True)], axis=0)
-            if (accuracy := float(right[0] / right[1])) > best:
-                best, found = accuracy, (at[0], at[1])
+            right = sum(_right(scores[m], labels[m], t) for m, t in zip(members, at, strict=True))
+            if right > best:
+                best, found = right, (at[0], at[1])
         self.thresholds_ = np.array(found)
         return self
 
@@ -174,6 +175,6 @@ def _threshold(falling: ndarray, share: float) -> float:
     return float(falling[count - 1]) if count else float("inf")
 
 
-def _right(scores: ndarray, labels: ndarray, threshold: float) -> tuple[float, float]:
-    """(right decisions, units)."""
-    return float(((scores >= threshold) == (labels == 1)).sum()), float(len(scores))
+def _right(scores: ndarray, labels: ndarray, threshold: float) -> int:
+    """How many decisions are right."""
+    return int(((scores >= threshold) == (labels == 1)).sum())
