@@ -331,7 +331,7 @@ class TokenLRCallback(Callback):
         scale_peak: divide the peak by ``share``.
         clock: "tokens" or "layer_tokens".
         warmup: share of the decay in which the rate climbs.
-        warmup_steps: steps in which it climbs, instead.
+        warmup_steps: steps in which it climbs, instead; 0: the share.
         min_lr: the rate at the end.
         style: "cosine" or "linear".
         length: tokens of a full sequence, for a training of Sparing: without a budget, a dry run of the schedules says

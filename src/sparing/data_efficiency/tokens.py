@@ -381,7 +381,7 @@ class TokenLr(Step):
                 share=self.share,
                 scale_peak=self.scale_peak,
                 clock=self.clock,
-                warmup=0.0 if self.warmup_steps else self.warmup,
+                warmup=self.warmup,
                 warmup_steps=self.warmup_steps,
                 min_lr=self.min_lr,
                 style=self.style,
