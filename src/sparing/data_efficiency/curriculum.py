@@ -450,18 +450,20 @@ class Curriculum(Step):
                     + ("; samples of one length can be ordered by vocabulary_rarity" if name in TOKEN_METRICS else "")
                 )
         full = self._full_length(job)
-        paces = self._paced(indexes, full)(1000)
+        made = self._paced(indexes, full)
+        paces = made(1000)
         # refused now, not in the middle of a training
         CurriculumSampler(paces, 1, 1, samples=size)
         for name, index in indexes.items():
             job.record(f"least {name}", float(index.values[0]), "", "measured", "")
             job.record(f"greatest {name}", float(index.values[-1]), "", "measured", "")
-        said = [f"{name} from {paces[name].pacing.min_difficulty:g} to {paces[name].pacing.max_difficulty:g}"
-                + (" %" if paces[name].index is not None and paces[name].difficulty_type == "percentile" else "")
-                for name in paces]  # fmt: skip
+        said = [
+            f"{name} from {metric.pacing.min_difficulty:g} to {metric.pacing.max_difficulty:g}"
+            + (" %" if metric.difficulty_type == "percentile" else "")
+            for name, metric in paces.items()
+        ]
         job.notes.remarks.append(f"the next training is paced by {', '.join(said)}")
         process = self._process(job, full)
-        made = self._paced(indexes, full)
         reshaped = "causal_lm" in job.task.capabilities if self.postprocess == "reshape" else None
 
         def batches(dataset: Any, batch_size: int, seed: int) -> CurriculumBatches:
@@ -500,8 +502,8 @@ class Curriculum(Step):
     def _length(self, total: int, full: int) -> PacingFunction:
         end = self.length.get("end", full)
         start = whole_number(f"{self.id}: length: start", self.length.get("start", max(1, min(end, full) // 4)), 1)
-        return paced({"pacing": "linear", **self.length} if "values" not in self.length else self.length, total, start,
-                     end, f"{self.id}: length")  # fmt: skip
+        pace = self.length if "values" in self.length else {"pacing": "linear", **self.length}
+        return paced(pace, total, start, end, f"{self.id}: length")
 
     def _paced(
         self, indexes: Mapping[str, DifficultyIndex], full: int | None
