@@ -30,10 +30,42 @@ from sparing.data_efficiency.sampler import CurriculumSampler
 from sparing.data_efficiency.token_dropping import TokenDropping, drop_tokens, find_blocks, in_backward
 from sparing.data_efficiency.tokens import TokenCounter, TokenLR, layer_tokens, planned_tokens
 
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+class _Resumed(Callback):
+    """A callback whose state is taken up once what it belongs to is made."""
+
+    _state: dict[str, Any] | None = None
+    _seen = 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the training begins."""
+        self._state = state_dict or None
+
+    def _kept(self) -> dict[str, Any] | None:
+        """What :meth:`load_state_dict` was given, once."""
+        state, self._state = self._state, None
+        return state
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Know the optimizer steps made: a checkpoint's, if it goes on from one."""
+        self._seen = trainer.global_step
+
+    def _stepped(self, trainer: Any) -> bool:
+        """Whether the batch that has ended ended an optimizer step."""
+        before, self._seen = self._seen, trainer.global_step
+        return before != self._seen
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """End as at the end: Lightning calls no teardown then."""
+        self.teardown(trainer, pl_module, "fit")
+
+
 # --- curriculum ------------------------------------------------------------------------------------------------------
 
 
-class CurriculumCallback(Callback):
+class CurriculumCallback(_Resumed):
     """Keeps a curriculum's place in the checkpoints.
 
     Args:
@@ -43,7 +75,6 @@ class CurriculumCallback(Callback):
     def __init__(self, sampler: CurriculumSampler | None = None) -> None:
         self.sampler, self.consumed = sampler, 0
         self._batches: CurriculumBatches | None = None
-        self._state: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on from the checkpoint, before the loader draws a batch."""
@@ -52,7 +83,7 @@ class CurriculumCallback(Callback):
             if not isinstance(found, CurriculumBatches):
                 raise InvalidValue("CurriculumCallback() is for trainings of Sparing; give it the loader's sampler")
             self._batches = found
-        state, self._state = self._state, None
+        state = self._kept()
         if state is None:
             self.consumed = 0 if self.sampler is None else self.sampler.yielded
         elif self._batches is not None:
@@ -75,15 +106,11 @@ class CurriculumCallback(Callback):
             return {"batches": self._batches.state_dict()}
         return {} if self.sampler is None else {"sampler": self.sampler.state_dict(self.consumed)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins."""
-        self._state = state_dict or None
-
 
 # --- token dropping --------------------------------------------------------------------------------------------------
 
 
-class TokenDroppingCallback(Callback):
+class TokenDroppingCallback(_Resumed):
     """Random layerwise token dropping through a training (:func:`~sparing.data_efficiency.token_dropping.drop_tokens`).
 
     Args:
@@ -106,8 +133,6 @@ class TokenDroppingCallback(Callback):
         self.given, self.network, self.settings = schedule, network, settings
         self.dropping: TokenDropping | None = None
         """There while the training goes on."""
-        self._state: dict[str, Any] | None = None
-        self._seen = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Hook the layers."""
@@ -121,17 +146,14 @@ class TokenDroppingCallback(Callback):
         if not isinstance(schedule, PacingFunction):
             schedule = schedule(training_steps(trainer, pl_module))
         self.dropping = drop_tokens(network_of(pl_module, self.network), schedule, **self.settings)
-        self._seen = trainer.global_step
-        if self._state is not None:
-            self.dropping.load_state_dict(self._state["dropping"])
-            self._seen, self._state = self._state["seen"], None
+        if (state := self._kept()) is not None:
+            self.dropping.load_state_dict(state["dropping"])
         return self.dropping
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The next r_t, if this batch ended an optimizer step."""
-        if trainer.global_step == self._seen or self.dropping is None:
+        if not self._stepped(trainer) or self.dropping is None:
             return
-        self._seen = trainer.global_step
         before = self.dropping.reserved_length
         self.dropping.step()
         if self.dropping.reserved_length != before and callable(curve := getattr(pl_module, "curve", None)):
@@ -143,23 +165,15 @@ class TokenDroppingCallback(Callback):
             self.dropping.remove()
             self.dropping = None
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks out."""
-        self.teardown(trainer, pl_module, "fit")
-
     def state_dict(self) -> dict[str, Any]:
-        """Of the dropping, and the steps seen."""
-        return {} if self.dropping is None else {"dropping": self.dropping.state_dict(), "seen": self._seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins."""
-        self._state = state_dict or None
+        """Of the dropping."""
+        return {} if self.dropping is None else {"dropping": self.dropping.state_dict()}
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
-class TokenCount(Callback):
+class TokenCount(_Resumed):
     """Counts the tokens that a training really computes, as its first block is given them, in all processes.
 
     In a training of Sparing the figures are recorded in its row, beside what the same samples cost at full length.
@@ -191,7 +205,6 @@ class TokenCount(Callback):
         self.operations, self.full_operations = 0.0, 0.0
         """Multiply-accumulates of the blocks' linear layers and attention, forward; and those of full length."""
         self._dropping: TokenDroppingCallback | None = None
-        self._state: dict[str, Any] | None = None
         self._hook: Any = None
         self._weights = 0
         self._full: int | None = None
@@ -214,11 +227,10 @@ class TokenCount(Callback):
         self._weights = sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2)
         curriculum = getattr(getattr(pl_module, "batches", None), "curriculum", {})
         self._full = int(curriculum[LENGTH].pacing.max_difficulty) if LENGTH in curriculum else None
-        if self._state is not None:
-            self.counter.load_state_dict(self._state["counter"])
-            self.full_layer_tokens = self._state["full_layer_tokens"]
-            self.operations, self.full_operations = self._state["operations"]
-            self._state = None
+        if (state := self._kept()) is not None:
+            self.counter.load_state_dict(state["counter"])
+            self.full_layer_tokens = state["full_layer_tokens"]
+            self.operations, self.full_operations = state["operations"]
         self._hook = blocks[0].register_forward_pre_hook(self._count, with_kwargs=True, prepend=True)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -271,10 +283,6 @@ class TokenCount(Callback):
         if self._hook is not None:
             self._hook.remove()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hook out."""
-        self.teardown(trainer, pl_module, "fit")
-
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
         if self.counter is None:
@@ -284,10 +292,6 @@ class TokenCount(Callback):
             "full_layer_tokens": self.full_layer_tokens,
             "operations": [self.operations, self.full_operations],
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins."""
-        self._state = state_dict or None
 
 
 def real_tokens(batch: Any, task: Any) -> int | None:
@@ -319,7 +323,7 @@ def gathered(numbers: list[int], device: torch.device) -> list[list[int]]:
 # --- the clock of the learning rate ----------------------------------------------------------------------------------
 
 
-class TokenLRCallback(Callback):
+class TokenLRCallback(_Resumed):
     """Sets the learning rate by the tokens that a :class:`TokenCount` before it has counted; may end the training.
 
     The module configures no schedule of its own, and one optimizer, whose learning rate is the peak.
@@ -367,8 +371,6 @@ class TokenLRCallback(Callback):
         self.schedule: TokenLR | None = None
         """There from the training's beginning on."""
         self._count: TokenCount | None = None
-        self._state: dict[str, Any] | None = None
-        self._seen = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Know the counter, the peak and the decay."""
@@ -396,13 +398,12 @@ class TokenLRCallback(Callback):
             warmup_steps=self.warmup_steps,
             style=self.style,
         )
-        self._seen = trainer.global_step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on from a checkpoint, after the optimizer's state was loaded."""
-        if self._state is not None and self.schedule is not None:
-            self.schedule.load_state_dict(self._state["schedule"])
-            self._seen, self._state = self._state["seen"], None
+        super().on_train_start(trainer, pl_module)
+        if self.schedule is not None and (state := self._kept()) is not None:
+            self.schedule.load_state_dict(state["schedule"])
 
     def _planned(self, trainer: Any, pl_module: Any, full: bool) -> int:
         """Tokens on the clock that the steps of a training of Sparing will take."""
@@ -438,9 +439,8 @@ class TokenLRCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The next step's rate, if this batch ended a step; the end, if the budget is used up."""
-        if trainer.global_step == self._seen or self.schedule is None:
+        if not self._stepped(trainer) or self.schedule is None:
             return
-        self._seen = trainer.global_step
         self.schedule.step(self.consumed)
         if self.budget is not None and self.consumed >= self.budget:
             trainer.should_stop = True
@@ -459,12 +459,8 @@ class TokenLRCallback(Callback):
                  f"{decay:,.0f}: batches are padded, or shorter than full. Give a budget")  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the schedule, and the steps seen."""
-        return {} if self.schedule is None else {"schedule": self.schedule.state_dict(), "seen": self._seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins."""
-        self._state = state_dict or None
+        """Of the schedule."""
+        return {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
