@@ -310,11 +310,7 @@ def _check_fragile(training: Step, place: str, stand: _Standing, problems: list[
         if promise not in step.fragile:
             continue
         if promise in stand.at_risk:
-            keepers = [
-                name
-                for name in _steps_with("fragile", promise)
-                if "training" in declared(resolve("steps", name), "promises")
-            ]
+            keepers = sorted({*_steps_with("fragile", promise)} & {*_steps_with("promises", "training")})
             problems.append(
                 f"{place}: {training.id!r} would undo the {promise} of {step.id!r} at {made}; "
                 f"put a step before it that keeps it: {', '.join(keepers) or 'none of the installed steps does'}"
