@@ -26,7 +26,7 @@ from sparing.core.job import Job, TrainingPlan
 from sparing.core.pipeline import begin
 from sparing.core.store import Store
 from sparing.core.training import Train, fit
-from sparing.data_efficiency import analysis, callbacks
+from sparing.data_efficiency import analysis
 from sparing.data_efficiency.callbacks import (
     CurriculumCallback,
     TokenCount,
@@ -556,6 +556,6 @@ def test_callbacks_say_what_they_lack() -> None:
     with pytest.raises(InvalidValue, match="needs a budget"):
         TokenLRCallback()
     with pytest.raises(InvalidValue, match="network = 'net': Script has no such module"):
-        callbacks.network_of(Script(), "net")
+        TokenDroppingCallback(linear(2, 8, 6), network="net").on_fit_start(None, Script())
     with pytest.raises(InvalidValue, match="give it the loader's sampler"):
         CurriculumCallback().on_fit_start(None, Script())

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from sparing.compression.pruning import Block, BlockMagnitudePruner, CubicSchedule, Score, check_block, check_sparsity
-from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.errors import IncompatibleStep
+from sparing.core.training.callbacks import ResumedCallback, network_of, training_steps
 
 
-class BlockPruning(Callback):
+class BlockPruning(ResumedCallback):
     """Prune a network while it is trained, as :class:`~sparing.compression.pruning.BlockMagnitudePruner` does.
 
     It runs in anybody's Lightning script, and the network is plain again when the training has ended::
@@ -58,20 +58,12 @@ class BlockPruning(Callback):
         self.make, self.schedule, self.network = make or default, schedule, network
         self.pruner: BlockMagnitudePruner | None = None
         """There from the training's beginning on."""
-        self._seen = 0
-        self._state: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the masks on, before optimizers are made and a checkpoint is loaded."""
         if stage != "fit":
             return
-        found = getattr(pl_module, self.network, None)
-        if not isinstance(found, nn.Module):
-            raise InvalidValue(
-                f"network = {self.network!r}: {type(pl_module).__name__} has no such module; name the attribute that "
-                "holds the network"
-            )
-        self.pruner = self.make(found)
+        self.pruner = self.make(network_of(pl_module, self.network))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Know the length of the training."""
@@ -83,23 +75,18 @@ class BlockPruning(Callback):
                     f"{name} = {getattr(settings, name)!r} could hand on weights from before the pruning has ended; "
                     "train to the end when pruning, and again after it with the pattern locked"
                 )
+        state = self.taken_state()
         if callable(self.schedule):
-            steps = getattr(pl_module, "total_steps", None) or trainer.estimated_stepping_batches
-            if not isinstance(steps, int):
-                raise InvalidValue("the training has no known length; give max_steps, or a CubicSchedule")
-            self.pruner.schedule = self.schedule(steps)
-            if self._state is None:
+            self.pruner.schedule = self.schedule(training_steps(trainer, pl_module))
+            if state is None:
                 self.pruner.prune(self.pruner.schedule.initial)
-        self._seen = trainer.global_step
-        if self._state is not None:
-            self.pruner.t, self._seen = self._state["t"], self._state["seen"]
-            self._state = None
+        if state is not None:
+            self.pruner.t = state["t"]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the masks if this batch ended an optimizer step and it is time."""
-        if trainer.global_step == self._seen or self.pruner is None:
+        if not self.stepped(trainer) or self.pruner is None:
             return
-        self._seen = trainer.global_step
         due = self.pruner.schedule.due(self.pruner.t)
         self.pruner.step()
         if due and callable(curve := getattr(pl_module, "curve", None)):
@@ -115,8 +102,4 @@ class BlockPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The steps made; masks are in the network's state."""
-        return {} if self.pruner is None else {"t": self.pruner.t, "seen": self._seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins."""
-        self._state = state_dict or None
+        return {} if self.pruner is None else {"t": self.pruner.t}

@@ -20,52 +20,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.training.callbacks import ResumedCallback, network_of, training_steps
 from sparing.data_efficiency.curriculum import LENGTH, CurriculumBatches, padding_of
 from sparing.data_efficiency.pacing import PacingFunction
 from sparing.data_efficiency.sampler import CurriculumSampler
 from sparing.data_efficiency.token_dropping import TokenDropping, drop_tokens, find_blocks, in_backward
 from sparing.data_efficiency.tokens import TokenCounter, TokenLR, layer_tokens, planned_tokens
 
-# --- resuming --------------------------------------------------------------------------------------------------------
-
-
-class _Resumed(Callback):
-    """A callback whose state is taken up once what it belongs to is made."""
-
-    _state: dict[str, Any] | None = None
-    _seen = 0
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins."""
-        self._state = state_dict or None
-
-    def _kept(self) -> dict[str, Any] | None:
-        """What :meth:`load_state_dict` was given, once."""
-        state, self._state = self._state, None
-        return state
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Know the optimizer steps made: a checkpoint's, if it goes on from one."""
-        self._seen = trainer.global_step
-
-    def _stepped(self, trainer: Any) -> bool:
-        """Whether the batch that has ended ended an optimizer step."""
-        before, self._seen = self._seen, trainer.global_step
-        return before != self._seen
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """End as at the end: Lightning calls no teardown then."""
-        self.teardown(trainer, pl_module, "fit")
-
-
 # --- curriculum ------------------------------------------------------------------------------------------------------
 
 
-class CurriculumCallback(_Resumed):
+class CurriculumCallback(ResumedCallback):
     """Keeps a curriculum's place in the checkpoints.
 
     Args:
@@ -83,7 +51,7 @@ class CurriculumCallback(_Resumed):
             if not isinstance(found, CurriculumBatches):
                 raise InvalidValue("CurriculumCallback() is for trainings of Sparing; give it the loader's sampler")
             self._batches = found
-        state = self._kept()
+        state = self.taken_state()
         if state is None:
             self.consumed = 0 if self.sampler is None else self.sampler.yielded
         elif self._batches is not None:
@@ -110,7 +78,7 @@ class CurriculumCallback(_Resumed):
 # --- token dropping --------------------------------------------------------------------------------------------------
 
 
-class TokenDroppingCallback(_Resumed):
+class TokenDroppingCallback(ResumedCallback):
     """Random layerwise token dropping through a training (:func:`~sparing.data_efficiency.token_dropping.drop_tokens`).
 
     Args:
@@ -146,13 +114,13 @@ class TokenDroppingCallback(_Resumed):
         if not isinstance(schedule, PacingFunction):
             schedule = schedule(training_steps(trainer, pl_module))
         self.dropping = drop_tokens(network_of(pl_module, self.network), schedule, **self.settings)
-        if (state := self._kept()) is not None:
+        if (state := self.taken_state()) is not None:
             self.dropping.load_state_dict(state["dropping"])
         return self.dropping
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The next r_t, if this batch ended an optimizer step."""
-        if not self._stepped(trainer) or self.dropping is None:
+        if not self.stepped(trainer) or self.dropping is None:
             return
         before = self.dropping.reserved_length
         self.dropping.step()
@@ -173,7 +141,7 @@ class TokenDroppingCallback(_Resumed):
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
-class TokenCount(_Resumed):
+class TokenCount(ResumedCallback):
     """Counts the tokens that a training really computes, as its first block is given them, in all processes.
 
     In a training of Sparing the figures are recorded in its row, beside what the same samples cost at full length.
@@ -227,7 +195,7 @@ class TokenCount(_Resumed):
         self._weights = sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2)
         curriculum = getattr(getattr(pl_module, "batches", None), "curriculum", {})
         self._full = int(curriculum[LENGTH].pacing.max_difficulty) if LENGTH in curriculum else None
-        if (state := self._kept()) is not None:
+        if (state := self.taken_state()) is not None:
             self.counter.load_state_dict(state["counter"])
             self.full_layer_tokens = state["full_layer_tokens"]
             self.operations, self.full_operations = state["operations"]
@@ -323,7 +291,7 @@ def gathered(numbers: list[int], device: torch.device) -> list[list[int]]:
 # --- the clock of the learning rate ----------------------------------------------------------------------------------
 
 
-class TokenLRCallback(_Resumed):
+class TokenLRCallback(ResumedCallback):
     """Sets the learning rate by the tokens that a :class:`TokenCount` before it has counted; may end the training.
 
     The module configures no schedule of its own, and one optimizer, whose learning rate is the peak.
@@ -402,7 +370,7 @@ class TokenLRCallback(_Resumed):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on from a checkpoint, after the optimizer's state was loaded."""
         super().on_train_start(trainer, pl_module)
-        if self.schedule is not None and (state := self._kept()) is not None:
+        if self.schedule is not None and (state := self.taken_state()) is not None:
             self.schedule.load_state_dict(state["schedule"])
 
     def _planned(self, trainer: Any, pl_module: Any, full: bool) -> int:
@@ -439,7 +407,7 @@ class TokenLRCallback(_Resumed):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The next step's rate, if this batch ended a step; the end, if the budget is used up."""
-        if not self._stepped(trainer) or self.schedule is None:
+        if not self.stepped(trainer) or self.schedule is None:
             return
         self.schedule.step(self.consumed)
         if self.budget is not None and self.consumed >= self.budget:
@@ -461,24 +429,3 @@ class TokenLRCallback(_Resumed):
     def state_dict(self) -> dict[str, Any]:
         """Of the schedule."""
         return {} if self.schedule is None else {"schedule": self.schedule.state_dict()}
-
-
-# --- shared ----------------------------------------------------------------------------------------------------------
-
-
-def network_of(module: Any, name: str) -> nn.Module:
-    """The network in a Lightning module; :class:`InvalidValue` when there is none of this name."""
-    found = getattr(module, name, None)
-    if not isinstance(found, nn.Module):
-        raise InvalidValue(
-            f"network = {name!r}: {type(module).__name__} has no such module; name the attribute that holds the network"
-        )
-    return found
-
-
-def training_steps(trainer: Any, module: Any) -> int:
-    """Optimizer steps of a training; :class:`InvalidValue` when nobody knows them."""
-    steps = getattr(module, "total_steps", None) or trainer.estimated_stepping_batches
-    if not isinstance(steps, int):
-        raise InvalidValue("the training has no known length; give max_steps, or a schedule in steps")
-    return steps

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparing.core.errors import IncompatibleStep, InvalidValue
+from sparing.core.training.callbacks import ResumedCallback, network_of
 from sparing.optimization.averaging import Use, warmed_decay
 
 
-class WeightAverage(Callback):
+class WeightAverage(ResumedCallback):
     """Exponential moving average of all parameters and buffers, updated after each optimizer step.
 
     After step t: θ̄ ← d θ̄ + (1 − d) θ, beginning with θ̄ = θ after the first step; buffers that are no floating-point
@@ -44,8 +44,6 @@ class WeightAverage(Callback):
         self.updates = 0
         """Optimizer steps that are in the average."""
         self._average: AveragedModel | None = None
-        self._state: dict[str, Any] | None = None
-        self._seen = 0
 
     @property
     def averaged(self) -> nn.Module:
@@ -56,24 +54,16 @@ class WeightAverage(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Copy the network; in a training of Sparing, have the copy scored beside it."""
-        found = getattr(pl_module, self.network, None)
-        if not isinstance(found, nn.Module):
-            raise InvalidValue(
-                f"network = {self.network!r}: {type(pl_module).__name__} has no such module; name the attribute that "
-                "holds the network"
-            )
+        found = network_of(pl_module, self.network)
         try:
             self._average = AveragedModel(found, multi_avg_fn=self._mix, use_buffers=True)
         except RuntimeError as error:
             raise IncompatibleStep(f"the network {type(found).__name__} cannot be copied: {error}") from error
         self._average.requires_grad_(False)
-        self._seen = trainer.global_step
-        if self._state is not None:
-            self._average.module.load_state_dict(self._state["weights"])
-            self._average.n_averaged.fill_(self._state["updates"])
-            self.updates = self._state["updates"]
-            self._seen = self._state["seen"]
-            self._state = None
+        if (state := self.taken_state()) is not None:
+            self._average.module.load_state_dict(state["weights"])
+            self._average.n_averaged.fill_(state["updates"])
+            self.updates = state["updates"]
         if isinstance(beside := getattr(pl_module, "beside", None), dict):
             beside["ema"] = self._average.module
             pl_module.candidates = {"ema": ("ema",), "raw": ("",), "best": ("", "ema")}[self.use]
@@ -82,9 +72,8 @@ class WeightAverage(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the average if this batch ended an optimizer step."""
-        if trainer.global_step == self._seen or self._average is None:
+        if not self.stepped(trainer) or self._average is None:
             return
-        self._seen = trainer.global_step
         with torch.no_grad():
             self._average.update_parameters(getattr(pl_module, self.network))
         self.updates += 1
@@ -109,8 +98,4 @@ class WeightAverage(Callback):
         weights = {
             name: value for name, value in self._average.module.state_dict().items() if isinstance(value, Tensor)
         }
-        return {"weights": weights, "updates": self.updates, "seen": self._seen}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the training begins and the network is there."""
-        self._state = state_dict or None
+        return {"weights": weights, "updates": self.updates}

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 
-from sparing.core.errors import InvalidValue
+from sparing.core.training.callbacks import network_of
 from sparing.optimization.weight_norm import bake, weight_normalize
 
 
@@ -42,13 +41,7 @@ class Reparametrization(Callback):
         """Put them on, before optimizers are made and a checkpoint is loaded."""
         if stage != "fit":
             return
-        found = getattr(pl_module, self.network, None)
-        if not isinstance(found, nn.Module):
-            raise InvalidValue(
-                f"network = {self.network!r}: {type(pl_module).__name__} has no such module; name the attribute that "
-                "holds the network"
-            )
-        self.make(found)
+        self.make(network_of(pl_module, self.network))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold them; the last checkpoint, which was written before, still has them apart."""
