@@ -76,14 +76,14 @@ def measure_analysis(samples: int = 10_000_000, batch: int = 4096, repeats: int 
         counts = write_corpus(folder, samples)
         np.save(folder / "counts.npy", counts)
 
-        def command(what: str, out: str) -> list[str]:
-            places = [str(folder / part) for part in ("tokens.npy", "counts.npy", out)]
+        def command(what: str, out: str, corpus: str = "tokens.npy") -> list[str]:
+            places = [str(folder / part) for part in (corpus, "counts.npy", out)]
             return [sys.executable, "-c", CHILD, what, *places, str(batch)]
 
-        def run(what: str, out: str) -> dict[str, float]:
-            done = subprocess.run(command(what, out), capture_output=True, text=True, check=False)
+        def run(*args: str) -> dict[str, float]:
+            done = subprocess.run(command(*args), capture_output=True, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"{what} failed:\n{done.stderr}")
+                raise RuntimeError(f"{args[0]} failed:\n{done.stderr}")
             return json.loads(done.stdout)
 
         run("bare", "")  # the file into the system's cache
@@ -95,11 +95,8 @@ def measure_analysis(samples: int = 10_000_000, batch: int = 4096, repeats: int 
         with (folder / "tokens.npy").open("rb") as corpus:
             hashlib.file_digest(corpus, "sha256")
         digest = time.process_time() - start
-        wide = folder / "wide.npy"
-        np.lib.format.open_memmap(wide, "w+", np.uint16, (samples // 50, 64 * WIDTH))[:] = 7
-        long = json.loads(
-            subprocess.check_output([*command("map", "long")[:4], str(wide), *command("map", "long")[5:]])
-        )
+        np.lib.format.open_memmap(folder / "wide.npy", "w+", np.uint16, (samples // 50, 64 * WIDTH))[:] = 7
+        long = run("map", "long", "wide.npy")
         killed = killed_run(command("run", "killed"), folder / "killed")
         again = run("run", "killed")
         wrong = [file for file in ARRAYS if not same_file(folder / "out0" / file, folder / "killed" / file)]
