@@ -69,11 +69,7 @@ class Tokens(Operation):
         """Texts → int64 (N, longest); :class:`DataError` names the index of what is no text."""
         if isinstance(batch, str | bytes):
             raise DataError(f"a sequence of texts is expected, not one {type(batch).__name__}; put it into a list")
-        rows = [ids[: self.max_length] for ids in self.begun(batch)]
-        filled = np.zeros((len(rows), max(map(len, rows), default=0)), np.int64)
-        for row, ids in zip(filled, rows, strict=True):
-            row[: len(ids)] = ids
-        return filled
+        return padded([ids[: self.max_length] for ids in self.begun(batch)])
 
     @property
     def _name(self) -> str:
@@ -97,6 +93,14 @@ class Tokens(Operation):
             raise InvalidValue(f"{self._name}: begin = {self.begin!r}; true or false is expected")
         if self.begin and END not in self.vocabulary:
             raise InvalidValue(f"{self._name}: begin = True; {END!r} is missing from the vocabulary")
+
+
+def padded(rows: Sequence[Int[ndarray, " _"]]) -> Int[ndarray, "n t"]:
+    """Rows of numbers → int64 (N, longest), 0 behind the shorter ones."""
+    filled = np.zeros((len(rows), max(map(len, rows), default=0)), np.int64)
+    for row, numbers in zip(filled, rows, strict=True):
+        row[: len(numbers)] = numbers
+    return filled
 
 
 @dataclass(frozen=True)

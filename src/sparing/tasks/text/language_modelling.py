@@ -26,7 +26,7 @@ from sparing.data.sequences import (
     read_tiny_shakespeare,
     read_us_addresses,
 )
-from sparing.data.tokenizing import END, BytePairs, Characters, Tokens, train_byte_pairs
+from sparing.data.tokenizing import END, BytePairs, Characters, Tokens, padded, train_byte_pairs
 from sparing.tasks.text.base import ReadTask
 
 if TYPE_CHECKING:
@@ -287,9 +287,7 @@ def score_texts(predictor: Predictor, texts: Sequence[str], batch_size: int = EV
     log_probability, counted = np.zeros(len(texts)), np.zeros(len(texts), np.int64)
     for first in range(0, len(windows), batch_size):
         part = windows[first : first + batch_size]
-        batch = np.zeros((len(part), max(len(ids) for _, ids in part)), np.int64)
-        for row, (_, ids) in zip(batch, part, strict=True):
-            row[: len(ids)] = ids
+        batch = padded([ids for _, ids in part])
         nats = token_nats(np.asarray(predictor(batch[:, :-1])), batch[:, 1:], len(tokens.vocabulary))
         for each, (number, ids) in zip(nats, part, strict=True):
             log_probability[number] -= each[: len(ids) - 1].sum()
