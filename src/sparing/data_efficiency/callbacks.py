@@ -424,7 +424,7 @@ class TokenLRCallback(ResumedCallback):
             )
         elif self.budget is None and self.consumed < 0.99 * decay:
             tell(f"the training consumed {self.consumed:,} {clock}, and its learning rate would have fallen until "
-                 f"{decay:,.0f}: batches are padded, or shorter than full. Give a budget")  # fmt: skip
+                 f"{decay:,.0f}: batches are padded, or not full. Give a budget")  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Of the schedule."""
