@@ -276,7 +276,7 @@ def test_every_framework_distils_with_and_without_a_proxy(taught, name, proxy):
     scores = [score for _, score in found.validation_]
     if adversarial:  # a student that says the same of everybody may agree as often, but is no surer than its base rate
         share = data.y[data.val_mask].float().mean()
-        assert max(scores) > -float(torch.distributions.Bernoulli(share).entropy()) + 0.02
+        assert max(scores) > -float(torch.distributions.Bernoulli(share).entropy()) + 0.01
     assert found.best_epoch_ == 1 + max(i for i, score in enumerate(scores) if score == max(scores))
 
 
