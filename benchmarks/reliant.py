@@ -279,15 +279,13 @@ def measure_alphas(
     seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS, teacher_epochs: int = TEACHER_EPOCHS, name: str = "recidivism"
 ) -> list[Claim]:
     """The gap at each weight, on both tasks."""
+    models = {f"α = {alpha:g}": (SoftKD(), alpha, alpha > 0) for alpha in (0.0, 1.0, 10.0, 100.0)}
     claims = []
     for key, what, drop in (
         ("reliant_alphas", "Recidivism without TIME and FILE", None),
         ("reliant_alphas_published", "Recidivism with all columns", ()),
     ):
-        models = {f"α = {alpha:g}": (SoftKD(), alpha, alpha > 0) for alpha in (0.0, 1.0, 10.0, 100.0)}
-        found = over_seeds(
-            seeds, lambda seed, drop=drop, models=models: rows_of(name, drop, seed, models, epochs, teacher_epochs)
-        )
+        found = over_seeds(seeds, lambda seed, drop=drop: rows_of(name, drop, seed, models, epochs, teacher_epochs))
         gaps = [mean(found, model, "delta_sp") for model in models]
         claims.append(
             Claim(

@@ -174,6 +174,8 @@ def test_what_a_recipe_must_hold(task: ClickTable) -> None:
         ([sparing.GroupFtrl(), train], "'group_ftrl' promises rows of zeros.*add one of: drop_zero_rows"),
         ([sparing.GroupFtrl(), drop, train], "'drop_zero_rows' comes before the training"),
         ([sparing.GroupFtrl(), sparing.Train(lr=0.1), drop], "sets the training plan's optimizer"),
+        ([sparing.GroupFtrl(), sparing.Train(scheduler="cosine"), drop], "sets the training plan's scheduler"),
+        ([sparing.GroupFtrl(), sparing.Train(warmup_steps=9), drop], "sets the training plan's scheduler"),
         ([sparing.GroupFtrl(), sparing.Rpgd(), train, drop], "sets the training plan's optimizer"),
         ([sparing.GroupFtrl(), sparing.Ema(), train, drop], "sets the training plan's average of weights"),
         ([sparing.Leap(), sparing.GroupFtrl(), train, drop], "sets the training plan's learning-rate perturbation"),

@@ -127,7 +127,8 @@ class GroupThresholds:
     Both groups get the same share of positive decisions ("sp"), or of positive decisions among the positive ("eo"):
     of all such shares on a grid the one with the best accuracy on what it is fitted on. The decision needs the
     sensitive attribute of whom it is about, which a fair student's does not. Hardt et al. also toss coins, which meets
-    the constraint exactly; here ties alone are what is left of the gap.
+    the constraint exactly; here ties, and shares that are no whole number of units, leave a little of the gap on what
+    it is fitted on.
 
     After :meth:`fit`: ``thresholds_`` (2,), a score of at least which is decided positively.
     """

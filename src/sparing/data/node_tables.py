@@ -8,10 +8,9 @@ or as rows of a matrix, ``edge_indptr`` (N + 1,) and ``edge_indices`` (E,); and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -210,7 +209,12 @@ def _checked(arrays: Mapping[str, np.ndarray], where: str) -> NodeTable:
     return NodeTable(where, x, features, y, sens, ends, _splits(arrays, array, y, wrong))
 
 
-def _splits(arrays: Mapping[str, np.ndarray], array: Any, y: np.ndarray, wrong: Any) -> dict[str, np.ndarray]:
+def _splits(
+    arrays: Mapping[str, np.ndarray],
+    array: Callable[[str, str, int], np.ndarray],
+    y: np.ndarray,
+    wrong: Callable[[str, str], DataError],
+) -> dict[str, np.ndarray]:
     if not any(f"idx_{name}" in arrays for name in SPLITS):
         parts = stratified_cut(y, SHARES, seed=0)
         return {"train": parts["rest"], "val": parts["val"], "test": parts["test"]}

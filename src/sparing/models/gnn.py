@@ -40,6 +40,27 @@ def feature_dropout(x: Float[Tensor, "n f"], p: float, training: bool = True) ->
     return dropout(x, p)
 
 
+def is_exporting() -> bool:
+    """Whether the network is being traced, for ONNX for instance, and no value can be looked at."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
+def check_shares(model: str, **shares: object) -> None:
+    """Raise :class:`InvalidValue` for the first of ``shares`` that is no number of at least 0 and below 1."""
+    for name, value in shares.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise InvalidValue(f"{model}: {name} = {value!r}; 0 ≤ {name} < 1 is expected")
+
+
+def check_edges(model: str, edge_index: Tensor) -> None:
+    """Raise :class:`InvalidValue` for edges that are no whole numbers (2, E)."""
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
+        raise InvalidValue(
+            f"{model}: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole numbers (2, E) are "
+            "expected"
+        )
+
+
 def _layers() -> Any:
     """PyG's layers."""
     try:
@@ -56,8 +77,7 @@ class _NodeClassifier(nn.Module, ABC):
         super().__init__()
         sizes = {"in_features": in_features, "num_classes": num_classes, "hidden": hidden, "depth": depth}
         whole(type(self).__name__, **sizes)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise InvalidValue(f"{type(self).__name__}: dropout = {dropout!r}; 0 ≤ dropout < 1 is expected")
+        check_shares(type(self).__name__, dropout=dropout)
         self.in_features, self.dropout = in_features, float(dropout)
         self.layers = nn.ModuleList()
 
@@ -66,11 +86,7 @@ class _NodeClassifier(nn.Module, ABC):
             raise InvalidValue(
                 f"{type(self).__name__}: features of shape {tuple(x.shape)}; (N, {self.in_features}) is expected"
             )
-        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
-            raise InvalidValue(
-                f"{type(self).__name__}: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole "
-                "numbers (2, E) are expected"
-            )
+        check_edges(type(self).__name__, edge_index)
 
     @abstractmethod
     def forward(self, x: Any, edge_index: Any) -> Any:
@@ -413,11 +429,7 @@ class GraphClassifier(nn.Module):
 
     def _check_edges(self, x: Tensor, edge_index: Tensor) -> None:
         self._check(x, "nodes", 2)
-        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
-            raise InvalidValue(
-                f"GraphClassifier: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole numbers "
-                "(2, E) are expected"
-            )
+        check_edges("GraphClassifier", edge_index)
 
     def _embed(
         self, x: Tensor, edge_index: Tensor, batch: Tensor, graphs: int, edge_weight: Tensor | None
@@ -426,7 +438,7 @@ class GraphClassifier(nn.Module):
         count = x.new_zeros(graphs).index_add(0, batch, x.new_ones(nodes))[:, None]
         edges, weight = normalised_edges(edge_index, nodes, edge_weight)
         # ONNX has no product with a sparse matrix, which takes half the time
-        exporting = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+        exporting = is_exporting()
         if not exporting:
             smooth = torch.sparse_coo_tensor(edges.flip(0), weight, (nodes, nodes), check_invariants=False).coalesce()
 

@@ -23,11 +23,14 @@ from sparing.core import registry
 from sparing.core.errors import InvalidValue
 from sparing.core.predictor.module import build_model, named_model
 from sparing.models.convnet import whole
-from sparing.models.gnn import _layers, normalised_edges, normalised_sparse
-
-
-def _exporting() -> bool:
-    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+from sparing.models.gnn import (
+    _layers,
+    check_edges,
+    check_shares,
+    is_exporting,
+    normalised_edges,
+    normalised_sparse,
+)
 
 
 def _adjacency(edge_index: Tensor, nodes: int) -> Tensor:
@@ -53,7 +56,7 @@ def propagated(x: Float[Tensor, "n f"], edge_index: Shaped[Tensor, "2 e"], hops:
     if hops == 0:
         return x
     nodes = x.shape[0]
-    if _exporting():  # ONNX has no product with a sparse matrix
+    if is_exporting():  # ONNX has no product with a sparse matrix
         edges, weight = normalised_edges(edge_index, nodes)
         for _ in range(hops):
             x = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]] * weight[:, None])
@@ -70,17 +73,7 @@ def _check(model: nn.Module, in_features: int, x: Tensor, edge_index: Tensor) ->
         raise InvalidValue(
             f"{name}: features of shape {tuple(x.shape)} and layout {x.layout}; dense (N, {in_features}) is expected"
         )
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
-        raise InvalidValue(
-            f"{name}: edges of type {edge_index.dtype} and shape {tuple(edge_index.shape)}; whole numbers (2, E) are "
-            "expected"
-        )
-
-
-def _check_share(name: str, **shares: object) -> None:
-    for field, value in shares.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise InvalidValue(f"{name}: {field} = {value!r}; 0 ≤ {field} < 1 is expected")
+    check_edges(name, edge_index)
 
 
 class CPFStudent(nn.Module):
@@ -131,7 +124,7 @@ class CPFStudent(nn.Module):
         whole("CPFStudent", in_features=in_features, num_classes=num_classes, num_nodes=num_nodes, hidden=hidden)
         whole("CPFStudent", at_least=2, num_layers=num_layers)
         whole("CPFStudent", at_least=0, mlp_layers=mlp_layers)
-        _check_share("CPFStudent", feat_drop=feat_drop, attn_drop=attn_drop)
+        check_shares("CPFStudent", feat_drop=feat_drop, attn_drop=attn_drop)
         _layers()
         self.in_features, self.num_classes, self.num_nodes, self.num_layers = (
             in_features,
@@ -198,7 +191,7 @@ class CPFStudent(nn.Module):
             raise InvalidValue(
                 f"CPFStudent: a graph of {nodes} nodes; the {self.num_nodes} it has learned are expected"
             )
-        if not _exporting():
+        if not is_exporting():
             check_incoming(edge_index, nodes)
         first = self._padded(self.labels_init, nodes, 1 / self.num_classes)
         # padded as numbers: the exporter joins no truth values
@@ -256,7 +249,7 @@ class SGCStudent(nn.Module):
         super().__init__()
         sizes = {"in_features": in_features, "num_classes": num_classes, "hidden": hidden}
         whole("SGCStudent", **sizes, propagations=propagations)
-        _check_share("SGCStudent", dropout=dropout)
+        check_shares("SGCStudent", dropout=dropout)
         self.in_features, self.hops, self.dropout = in_features, (1, propagations, 1), float(dropout)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise([in_features, hidden, hidden, num_classes]))
 
@@ -315,7 +308,7 @@ class GLNNStudent(nn.Module):
                 f"GLNNStudent: proxy_dim = {proxy_dim} of in_features = {in_features}; at least one feature of the "
                 "nodes is expected"
             )
-        _check_share("GLNNStudent", dropout=dropout)
+        check_shares("GLNNStudent", dropout=dropout)
         self.in_features, self.hops, self.proxy_dim, self.dropout = in_features, hops, proxy_dim, float(dropout)
         widths = [in_features, *[hidden] * (depth - 1), num_classes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))

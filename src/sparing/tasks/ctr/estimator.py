@@ -176,15 +176,14 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
             made.classes_ = np.array(kept["classes"], object if kind.hasobject else kind)
             if made.classes_.shape != (2,):
                 raise ValueError(f"classes {kept['classes']}; two are expected")
-            made._names = None if kept["names"] is None else tuple(map(str, kept["names"]))
+            if kept["names"] is not None:
+                made.feature_names_in_ = np.array([str(name) for name in kept["names"]], object)
             made.n_features_in_ = int(kept["columns"])
             made.sparsity_ = {str(name): float(share) for name, share in kept["sparsity"].items()}
             made.curves_ = {str(n): [(float(x), float(y)) for x, y in points] for n, points in kept["curves"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFile(f"{folder} holds no estimator that can be read: {error}") from error
         made.encoder_, made.predictor_ = encoder, predictor
-        if made._names is not None:
-            made.feature_names_in_ = np.array(made._names, object)
         return made
 
     def __sklearn_tags__(self) -> Any:
@@ -196,8 +195,11 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
 
     # --- inside
 
-    _names: tuple[str, ...] | None = None
-    """Columns of the table that was fitted; none for an array."""
+    @property
+    def _names(self) -> tuple[str, ...] | None:
+        """Columns of the table that was fitted; None for an array."""
+        names = getattr(self, "feature_names_in_", None)
+        return None if names is None else tuple(names)
 
     def _steps(self) -> list[Step]:
         from sparing.optimization.ftrl import GroupFtrl
@@ -247,16 +249,14 @@ class CTRClassifier(ClassifierMixin, BaseEstimator):
         if named and not issparse(X):  # of which one kind is a mapping
             table = _as_arrow(X)
             if fitting:
-                self._names = tuple(table.column_names)
-                self.n_features_in_, self.feature_names_in_ = len(self._names), np.array(self._names, object)
+                self.n_features_in_ = len(table.column_names)
+                self.feature_names_in_ = np.array(table.column_names, object)
             return table
         try:
             X = validate_data(self, X, dtype=None, ensure_all_finite="allow-nan", reset=fitting)
         except ValueError as error:
             raise InvalidValue(f"{error}") from error
-        if fitting:
-            self._names = None
-        elif self._names is not None:
+        if not fitting and self._names is not None:
             raise InvalidValue(f"an array; the estimator was fitted on a table with the columns {shown(self._names)}")
         return pa.table({f"x{at}": _column(X[:, at]) for at in range(X.shape[1])})
 

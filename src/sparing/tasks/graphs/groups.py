@@ -198,21 +198,9 @@ class _PublishedTable(_TableGraph):
                 )
         if len(set(self.drop)) == len(names):
             raise InvalidValue(f"{self.name}: drop names all columns; at least one is needed to predict from")
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        """Columns that are left."""
-        return len(TABLES[self.name].features) - len(set(self.drop))
-
-    @property
-    def example_nodes(self) -> int:  # type: ignore[override]
-        """Nodes of the graph."""
-        return TABLES[self.name].nodes
-
-    @property
-    def example_edges(self) -> int:  # type: ignore[override]
-        """Edges of the graph in both directions, and loops."""
-        return 2 * TABLES[self.name].edges + TABLES[self.name].nodes
+        self.in_features = len(names) - len(set(self.drop))
+        self.example_nodes = TABLES[self.name].nodes
+        self.example_edges = 2 * TABLES[self.name].edges + self.example_nodes  # and a loop at each node
 
     def read(self, root: Path | None) -> Data:
         """The graph, its columns standardised."""

@@ -47,9 +47,9 @@ class NodeClassification(Task):
     collate = staticmethod(join_nodes)
     in_features: int
     """Features of a node."""
-    example_nodes: ClassVar[int]
+    example_nodes: int
     """Nodes of an example input, about those of the graph."""
-    example_edges: ClassVar[int]
+    example_edges: int
     """Edges of an example input, each direction counted, about those of the graph."""
     example_nonzeros: ClassVar[int]
     """Non-zero features of a node of an example input."""
