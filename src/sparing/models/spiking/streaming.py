@@ -190,7 +190,7 @@ class StreamSpikes(Step):
         """The job with the streaming predictor."""
         from sparing.core.collation import batches_of
         from sparing.core.store import JSON
-        from sparing.models.spiking.report import CAVEATS, operations_of, spike_report
+        from sparing.models.spiking.report import CAVEATS, spike_report
 
         predictor = job.predictor
         if isinstance(predictor, StreamingPredictor):
@@ -203,12 +203,9 @@ class StreamSpikes(Step):
         model = predictor.model
 
         def measure() -> dict[str, Any]:
-            def batches() -> Any:
-                return batches_of(job.calibration, 64, job.task.collate)
-
-            report = spike_report(model, batches())
+            report = spike_report(model, batches_of(job.calibration, 64, job.task.collate))
             return {
-                "operations": asdict(operations_of(model, batches())),
+                "operations": asdict(report.operations),
                 "spikes": report.spikes,
                 "nasar": report.nasar,
                 "rates": {layer.name: layer.rate for layer in report.layers},
