@@ -139,11 +139,7 @@ class StreamingPredictor(Predictor):
 
     def describe(self) -> Description:
         """The network's counts; operations are those at the firing rates that were measured, where they were."""
-        found = replace(self.network.describe(), kind=self.kind)
-        known = self.operations
-        if known is None:
-            return found
-        return replace(found, macs=known.macs, accumulates=known.accumulates, macs_rule=known.rule)
+        return replace(self.network.describe(), kind=self.kind).counting(self.operations)
 
     def operations_on(self, task: Task, split: Any) -> Operations | None:
         """At the firing rates of this split."""
