@@ -94,9 +94,8 @@ class SNNClassifier(ClassifierMixin, BaseEstimator):
         fields |= {"attention": self.attention, "placement": self.placement, "in_channels": frames.shape[2]}
         with isolated_rng(self.seed):
             model = build_model("gesture_snn", task, **fields)
-        settings = Train(
-            epochs=self.epochs, batch_size=self.batch_size, optimizer="Adam", lr=self.lr, scheduler="one_cycle"
-        )
+        plan: dict[str, Any] = {"optimizer": "Adam", "scheduler": "one_cycle"}
+        settings = Train(**plan, **{name: getattr(self, name) for name in ("epochs", "batch_size", "lr")})
         data = TensorDataset(as_tensor(frames), as_tensor(numbers))
         trained = fit(model, task, data, None, settings, seed=self.seed).model.eval()
         self.classes_, self._shape = classes, frames.shape[1:]
