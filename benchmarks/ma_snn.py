@@ -8,6 +8,7 @@ Clock readings are of a quiet machine only: the figure is a ratio of calls that 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ def measure_gates(seeds: Sequence[int] = SEEDS, epochs: int = EPOCHS) -> list[Cl
             unit="% fewer spikes on the test recordings, mean over seeds",
             comparison=">=",
             threshold=40.0,
-            interval95=t_interval(saved) if len(saved) > 1 else None,
+            interval95=t_interval(saved),
             seeds=list(seeds),
             baselines=[{"name": f"spikes per recording, {arm}", "figure": m["spikes"]} for arm, m in averages.items()],
             details=details,
@@ -231,8 +232,6 @@ class Theirs(nn.Module):
     """
 
     def __init__(self, ours: GestureSNN, merged: bool) -> None:
-        import copy
-
         import snntorch
         from snntorch import surrogate
 
@@ -320,7 +319,7 @@ def measure_speed(runs: int = 24, seeds: Sequence[int] = SEEDS) -> list[Claim]:
             unit="× as fast, one thread",
             comparison=">=",
             threshold=1.5,
-            interval95=t_interval(ratios) if len(ratios) > 1 else None,
+            interval95=t_interval(ratios),
             seeds=list(seeds),
             baselines=[
                 {"name": f"{name}, ms", "figure": statistics.fmean(values)} for name, values in per_step.items()

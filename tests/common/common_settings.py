@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import sparing
 from coco_cases import coco_folder
-from event_files import dvs_files
+from event_files import bars, dvs_files
 from sparing.compression.pruning import BlockPrune, LockPattern
 from sparing.compression.shrinking import Shrink
 from sparing.core.predictor import build_model
@@ -225,18 +225,8 @@ def clicks(kind: type[ClickTable] = ClickTable) -> sparing.Task:
 
 
 def event_folder(place: Path) -> Path:
-    """A folder of class sub-folders with recordings of 8×8 pixels: bars that move to the right, or upwards."""
-    if any(place.iterdir()):
-        return place
-    draw = np.random.default_rng(0)
-    for label in ("right", "up"):
-        (place / label).mkdir(parents=True)
-        for number in range(24):
-            t = np.sort(draw.integers(0, 4000, 120))
-            along, across = (t // 500 + draw.integers(0, 2, 120)) % 8, draw.integers(0, 8, 120)
-            x, y = (along, across) if label == "right" else (across, along)
-            np.savez(place / label / f"{number}.npz", x=x, y=y, t=t, p=draw.integers(0, 2, 120))
-    return place
+    """The recordings of :func:`bars`, made once."""
+    return place if any(place.iterdir()) else bars(place)
 
 
 def few_events() -> sparing.Task:

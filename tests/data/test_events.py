@@ -42,7 +42,7 @@ def stream(**changes) -> EventStream:
         ({"p": [0, 1, 2]}, r"polarity 2"),
         ({"x": [0.5, 1, 1]}, r"x is float64"),
         ({"x": [0, 1]}, r"2 x, 3 y"),
-        ({"x": [], "y": [], "t": [], "p": []}, r"expected"),
+        ({"x": [], "y": [], "t": [], "p": []}, r"x is float64 of shape \(0,\)"),
     ],
 )
 def test_what_is_no_stream_is_refused(changes, words):
@@ -321,7 +321,8 @@ def test_an_aedat_file_gives_its_valid_polarity_events(tmp_path):
         (lambda content: content.replace(b"END-HEADER", b"NO-HEADERS"), "no line"),
         (lambda content: content[:-3], "more than the file holds"),
         (lambda content: content + b"1234", "cut off within its header"),
-        (lambda content: content.replace(b"\x08\x00\x00\x00\x04", b"\x10\x00\x00\x00\x04", 1), "."),
+        (lambda content: content.replace(b"\x08\x00\x00\x00\x04", b"\x10\x00\x00\x00\x04", 1), "4 events of 16 bytes"),
+        (lambda content: content.replace(b"\x08\x00\x00\x00\x04", b"\x08\x00\x00\x00\x05", 1), "times at 5"),
     ],
 )
 def test_damaged_aedat_files_are_refused(tmp_path, change, words):

@@ -391,7 +391,6 @@ def test_the_ratio_is_that_of_the_energies():
 
 def test_silent_and_busy_layers_are_remarked_on():
     model = small(attention="none").eval()
-    silent = spike_report(model, torch.zeros(1, 4, 2, 8, 8) - 9)
     for layer in model.layers:
         layer.BNLayer.bias.data.fill_(-9)
     silent = spike_report(model, frames())

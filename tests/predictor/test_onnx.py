@@ -7,6 +7,7 @@ import guests
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, ValueInfoProto, helper
 from torch import nn
 
 from sparing.core.errors import CorruptFile, InvalidValue, NotExportable
@@ -155,3 +156,43 @@ def test_rows_are_added_by_index_as_torch_adds_them(exporter: str, monkeypatch: 
     expected = Sums()(x, index).numpy()
     for _ in range(20):
         np.testing.assert_allclose(made(x.numpy(), index.numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("operator", "reduction", "branch", "threads"),
+    [
+        ("ScatterND", "add", False, 1),
+        ("ScatterND", "add", True, 1),
+        ("ScatterND", "none", False, 4),
+        ("ScatterElements", "add", False, 4),
+    ],
+)
+def test_a_graph_that_would_lose_sums_runs_on_one_thread(
+    operator: str, reduction: str, branch: bool, threads: int
+) -> None:
+    rows, width = 200_000, 24
+
+    def value(name: str, kind: int, *shape: int) -> ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    places = (rows, 1) if operator == "ScatterND" else (rows, width)
+    out = value("out", TensorProto.FLOAT, 1, width)
+    nodes = [helper.make_node(operator, ["into", "places", "rows"], ["out"], reduction=reduction)]
+    if branch:
+        inner = helper.make_graph(nodes, "inner", [], [out])
+        always = helper.make_node(
+            "Constant", [], ["always"], value=helper.make_tensor("", TensorProto.BOOL, (), [True])
+        )
+        nodes = [always, helper.make_node("If", ["always"], ["out"], then_branch=inner, else_branch=inner)]
+    inputs = [
+        value("into", TensorProto.FLOAT, 1, width),
+        value("places", TensorProto.INT64, *places),
+        value("rows", TensorProto.FLOAT, rows, width),
+    ]
+    graph = helper.make_graph(nodes, "graph", inputs, [out])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    made = OnnxPredictor(model.SerializeToString(), threads=4)
+    assert made.session.get_session_options().intra_op_num_threads == threads
+    given = np.zeros((1, width), np.float32), np.zeros(places, np.int64), np.ones((rows, width), np.float32)
+    for _ in range(10):
+        assert (made(*given) == (rows if reduction == "add" else 1)).all()

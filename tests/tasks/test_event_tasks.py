@@ -11,8 +11,8 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 
+import event_files
 import sparing
-from event_files import dvs_files
 from sparing.core.errors import DataError, InvalidValue
 from sparing.core.ledger import ADDITIONS, ENERGY, MACS
 from sparing.core.meter import Meter
@@ -27,27 +27,13 @@ QUICK = Meter(min_seconds=0, max_seconds=0.01, memory=False, energy="estimate", 
 SMALL = {"widths": [3, 4], "pools": [1, 2], "hidden": [5], "r_t": 2, "r_c": 2}
 
 
-def folder_of(place: Path, splits: tuple[str, ...] = ("",), count: int = 20) -> Path:
-    """Bars that move to the right, or upwards, of 8×8 pixels."""
-    draw = np.random.default_rng(0)
-    for split in splits:
-        for label in ("right", "up"):
-            (place / split / label).mkdir(parents=True)
-            for number in range(count):
-                t = np.sort(draw.integers(0, 4000, 120))
-                along, across = (t // 500 + draw.integers(0, 2, 120)) % 8, draw.integers(0, 8, 120)
-                x, y = (along, across) if label == "right" else (across, along)
-                np.savez(place / split / label / f"{number}.npz", x=x, y=y, t=t, p=draw.integers(0, 2, 120))
-    return place
-
-
 def own(place: Path, **fields) -> EventFolder:
     return EventFolder(str(place), **{"side": 8, "dt_us": 1000, "T": 4, "downsample": 1, **fields})
 
 
 @pytest.fixture
 def bars(tmp_path: Path) -> EventFolder:
-    return own(folder_of(tmp_path / "bars"))
+    return own(event_files.bars(tmp_path / "bars", count=20))
 
 
 def test_people_are_in_one_part_only():
@@ -96,7 +82,7 @@ def test_fields_are_refused(make, words):
 
 def test_a_clip_counts_where_most_are_right(tmp_path):
     task = DVSGesture(dt_us=500, T=4, downsample=16, clips=3)
-    test = task.splits(dvs_files(tmp_path)).test
+    test = task.splits(event_files.dvs_files(tmp_path)).test
 
     class Fixed:
         """Says class 0 of the first two clips of a recording and class 1 of the third."""
@@ -119,7 +105,9 @@ def test_a_clip_counts_where_most_are_right(tmp_path):
 
 
 def test_training_recordings_may_begin_at_random(tmp_path):
-    train = DVSGesture(dt_us=500, T=4, downsample=16, train_start="random").splits(dvs_files(tmp_path)).train
+    train = (
+        DVSGesture(dt_us=500, T=4, downsample=16, train_start="random").splits(event_files.dvs_files(tmp_path)).train
+    )
     torch.manual_seed(0)
     first, second = train[0][0], train[0][0]
     assert not np.array_equal(first, second)
@@ -128,7 +116,7 @@ def test_training_recordings_may_begin_at_random(tmp_path):
 
 
 def test_folders_of_splits_are_taken_as_they_are(tmp_path):
-    splits = own(folder_of(tmp_path, ("train", "valid", "test"), 8)).splits(None)
+    splits = own(event_files.bars(tmp_path, ("train", "valid", "test"), 8)).splits(None)
     assert len(splits.test) == len(splits.val) == 16
     assert len(splits.train) + len(splits.calibration) == 16
 
@@ -143,7 +131,7 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path):
     ],
 )
 def test_a_recording_that_is_wrong_is_named(tmp_path, spoil, words):
-    spoil(folder_of(tmp_path, count=3))
+    spoil(event_files.bars(tmp_path, count=3))
     with pytest.raises(DataError, match=words):
         own(tmp_path).splits(None)
 

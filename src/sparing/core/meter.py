@@ -10,7 +10,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
@@ -125,10 +124,7 @@ class Meter:
         ``operations``: those of a sample where they depend on the data, instead of the predictor's own count.
         """
         figures: dict[str, Figure] = {}
-        description = predictor.describe()
-        if operations is not None:
-            macs, accumulates, rule = operations.macs, operations.accumulates, operations.rule
-            description = replace(description, macs=macs, accumulates=accumulates, macs_rule=rule)
+        description = predictor.describe().counting(operations)
         with self._threads_of(predictor), tempfile.TemporaryDirectory(prefix="sparing-meter-") as scratch:
             inputs, several = (map_leaves(to_numpy, task.example_input(count)) for count in (1, self.batch))
             timings = self._timings(task, predictor, inputs, several)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -41,6 +41,12 @@ class Description:
     """Bytes of the payload that one answer reads; None: all."""
     accumulates: int | None = None
     """Additions for one sample that take the place of multiply-accumulates, as spikes allow; None: there are none."""
+
+    def counting(self, operations: Operations | None) -> Description:
+        """The same with these operations, where there are any, in place of its own count."""
+        if operations is None:
+            return self
+        return replace(self, macs=operations.macs, accumulates=operations.accumulates, macs_rule=operations.rule)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,24 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def loses_sums(content: bytes) -> bool:
+    """Whether the graph holds a ScatterND with a reduction, of which ONNX Runtime loses some with several threads."""
+    import onnx
+
+    def nodes_of(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+        for node in nodes:
+            yield node
+            for inner in subgraphs(node):
+                yield from nodes_of(inner.node)
+
+    model = onnx.load_model_from_string(content)
+    everywhere = itertools.chain(model.graph.node, *(function.node for function in model.functions))
+    return any(
+        node.op_type == "ScatterND" and any(each.name == "reduction" and each.s != b"none" for each in node.attribute)
+        for node in nodes_of(everywhere)
+    )
 
 
 def refuse_external(content: bytes, name: str) -> None:

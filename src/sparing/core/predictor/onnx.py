@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -72,21 +73,33 @@ class OnnxPredictor(Predictor):
 
     @property
     def session(self) -> Any:
-        """The ``onnxruntime.InferenceSession``, made again after :meth:`set_threads`."""
+        """The ``onnxruntime.InferenceSession``, made again after :meth:`set_threads`.
+
+        A graph with a ScatterND that adds runs on one thread: with several, ONNX Runtime loses sums.
+        """
         if self._session is None:
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = self.threads or 0
             options.inter_op_num_threads = 1
             options.log_severity_level = 4
             try:
+                options.intra_op_num_threads = 1 if self._serial else self.threads or 0
                 self._session = onnxruntime.InferenceSession(
                     self.content, options, providers=["CPUExecutionProvider"], enable_fallback=0
                 )
             except Exception as error:  # its exceptions have no common base
                 raise CorruptFile(f"ONNX Runtime cannot read the graph: {error}") from error
         return self._session
+
+    @cached_property
+    def _serial(self) -> bool:
+        """Whether several threads would make the answers wrong, so that one runs the graph whatever is asked for."""
+        if not (b"ScatterND" in self.content and b"reduction" in self.content):  # spares importing onnx
+            return False
+        from sparing.core.predictor.graph import loses_sums
+
+        return loses_sums(self.content)
 
     def set_threads(self, threads: int | None) -> None:
         """Use this many threads from now on; None for the runtime's default (all physical cores)."""

@@ -18,10 +18,17 @@ FrameMode = Literal["count", "binary", "max_scaled"]
 MODES = ("count", "binary", "max_scaled")
 
 
-def _whole(**values: Any) -> None:
+def _whole(where: str, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise InvalidValue(f"frames: {name} = {value!r}; a whole number of at least 1 is expected")
+            raise InvalidValue(f"{where}: {name} = {value!r}; a whole number of at least 1 is expected")
+
+
+def check_framing(where: str, dt_us: Any, T: Any, downsample: Any, mode: Any) -> None:
+    """Raise :class:`InvalidValue`, which begins with ``where``, for what makes no frames."""
+    _whole(where, dt_us=dt_us, T=T, downsample=downsample)
+    if mode not in MODES:
+        raise InvalidValue(f"{where}: mode = {mode!r}; one of {', '.join(MODES)} is expected")
 
 
 def events_to_frames(
@@ -46,9 +53,7 @@ def events_to_frames(
         start: t0: the time of the "first" event; "random", even in first…last − T·dt_us; or a time in microseconds.
         generator: for "random".
     """
-    _whole(dt_us=dt_us, T=T, downsample=downsample)
-    if mode not in MODES:
-        raise InvalidValue(f"frames: mode = {mode!r}; one of {', '.join(MODES)} is expected")
+    check_framing("frames", dt_us, T, downsample, mode)
     t0 = _start(events, start, dt_us * T, generator)
     width, height = (-(-side // downsample) for side in events.sensor_size)
     k = (events.t - t0) // dt_us
@@ -89,7 +94,7 @@ def clip_starts(duration_us: int, dt_us: int, T: int, clips: int = 10) -> Intege
 
     Raises :class:`InvalidValue` for a recording that is shorter than a clip.
     """
-    _whole(dt_us=dt_us, T=T, clips=clips)
+    _whole("frames", dt_us=dt_us, T=T, clips=clips)
     room = _room(int(duration_us), dt_us * T)
     return np.array([min(i * int(duration_us) // clips, room) for i in range(clips)], dtype=np.int64)
 
@@ -113,10 +118,8 @@ class EventsToFrames(Operation):
     """"first" event, or a time in microseconds."""
 
     def __post_init__(self) -> None:
-        _whole(dt_us=self.dt_us, T=self.T, downsample=self.downsample)
+        check_framing("events_to_frames", self.dt_us, self.T, self.downsample, self.mode)
         sensor_of((self.width, self.height))
-        if self.mode not in MODES:
-            raise InvalidValue(f"events_to_frames: mode = {self.mode!r}; one of {', '.join(MODES)} is expected")
 
     def __call__(self, batch: Sequence[Any]) -> np.ndarray:
         """Raw streams → frames; :class:`DataError` names the index of one that is wrong."""
@@ -153,7 +156,7 @@ class FramedEvents:
         start: Literal["first", "random"] | int = "first",
         rows: np.ndarray | None = None,
     ) -> None:
-        _whole(dt_us=dt_us, T=T, downsample=downsample)
+        check_framing("frames", dt_us, T, downsample, mode)
         self.recordings, self.start = recordings, start
         self.settings = (dt_us, T, downsample, mode)
         self.rows = np.arange(len(recordings)) if rows is None else np.asarray(rows)

@@ -7,6 +7,7 @@ and places on the membrane potential of each step, inside the recurrence.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -36,16 +37,16 @@ def gate(x: Tensor, attention: MultiDimAttention, which: str) -> Tensor:
     return x
 
 
-class _Layer(nn.Module):
-    """Gates and neurons behind synapses; subclasses define :meth:`current`."""
+class _Layer(nn.Module, ABC):
+    """Gates and neurons behind synapses, which :meth:`current` stands for."""
 
     attention: MultiDimAttention | None
     placement: Placement
     lif: LIF
 
+    @abstractmethod
     def current(self, x: Tensor) -> Tensor:
         """Inputs of all steps → currents of all steps."""
-        raise NotImplementedError
 
     @property
     def causal(self) -> bool:

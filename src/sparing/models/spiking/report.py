@@ -139,6 +139,12 @@ class SpikeReport:
         """Additions of the synapses."""
         return sum(each.accumulates for each in self.synapses)
 
+    @property
+    def operations(self) -> Operations:
+        """What the ledger counts: synapses and gates, these strictly."""
+        macs, accumulates = self.macs + self.gate_macs_strict, self.accumulates + self.gate_additions
+        return Operations(round(macs), round(accumulates), RULE)
+
     def energy_pj(self, strict: bool = False) -> float:
         """Picojoules, estimated, gates included as the paper counts them or strictly."""
         macs = self.macs + (self.gate_macs_strict if strict else self.gate_macs)
@@ -215,8 +221,7 @@ def operations_of(model: nn.Module, data: Any) -> Operations:
         model: see :func:`spike_report`.
         data: see :func:`spike_report`.
     """
-    found = spike_report(model, data)
-    return Operations(round(found.macs + found.gate_macs_strict), round(found.accumulates + found.gate_additions), RULE)
+    return spike_report(model, data).operations
 
 
 def _batches(data: Any) -> Iterator[Tensor]:

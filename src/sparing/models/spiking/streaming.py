@@ -139,11 +139,7 @@ class StreamingPredictor(Predictor):
 
     def describe(self) -> Description:
         """The network's counts; operations are those at the firing rates that were measured, where they were."""
-        found = replace(self.network.describe(), kind=self.kind)
-        known = self.operations
-        if known is None:
-            return found
-        return replace(found, macs=known.macs, accumulates=known.accumulates, macs_rule=known.rule)
+        return replace(self.network.describe(), kind=self.kind).counting(self.operations)
 
     def operations_on(self, task: Task, split: Any) -> Operations | None:
         """At the firing rates of this split."""
@@ -190,7 +186,7 @@ class StreamSpikes(Step):
         """The job with the streaming predictor."""
         from sparing.core.collation import batches_of
         from sparing.core.store import JSON
-        from sparing.models.spiking.report import CAVEATS, operations_of, spike_report
+        from sparing.models.spiking.report import CAVEATS, spike_report
 
         predictor = job.predictor
         if isinstance(predictor, StreamingPredictor):
@@ -203,12 +199,9 @@ class StreamSpikes(Step):
         model = predictor.model
 
         def measure() -> dict[str, Any]:
-            def batches() -> Any:
-                return batches_of(job.calibration, 64, job.task.collate)
-
-            report = spike_report(model, batches())
+            report = spike_report(model, batches_of(job.calibration, 64, job.task.collate))
             return {
-                "operations": asdict(operations_of(model, batches())),
+                "operations": asdict(report.operations),
                 "spikes": report.spikes,
                 "nasar": report.nasar,
                 "rates": {layer.name: layer.rate for layer in report.layers},

@@ -14,8 +14,8 @@ from sparing.core.errors import DataError, InvalidValue
 from sparing.core.metrics import CLASSIFICATION_METRICS, evaluate_classification
 from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.task import Evaluation, Metric, Splits, Task
-from sparing.data.events.framing import MODES, EventsToFrames, FramedEvents, FrameMode
-from sparing.data.events.stream import EventRecordings
+from sparing.data.events.framing import EventsToFrames, FramedEvents, FrameMode, check_framing
+from sparing.data.events.stream import FIELDS, EventRecordings
 from sparing.data.images import stratified_cut
 
 if TYPE_CHECKING:
@@ -57,13 +57,9 @@ class EventClassification(Task):
     """Fields of the default model, a "gesture_snn"."""
 
     def __init__(self, dt_us: int, T: int, downsample: int, mode: FrameMode, calibration_share: float = 0.05) -> None:
-        for name, value in (("dt_us", dt_us), ("T", T), ("downsample", downsample)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidValue(f"{self.name}: {name} = {value!r}; a whole number of at least 1 is expected")
-        if mode not in MODES:
-            raise InvalidValue(f"{self.name}: mode = {mode!r}; one of {', '.join(MODES)} is expected")
+        check_framing(self.name, dt_us, T, downsample, mode)
         self.check_share("calibration_share", calibration_share)
-        self.dt_us, self.T, self.downsample, self.mode = dt_us, T, downsample, mode
+        self.dt_us, self.T, self.downsample, self.mode = int(dt_us), int(T), int(downsample), mode
         self.calibration_share = calibration_share
         self._splits: dict[Path | None, Splits] = {}
 
@@ -208,5 +204,5 @@ def thinned(recordings: EventRecordings, share: float) -> EventRecordings:
     kept = np.random.RandomState(0).random_sample(len(recordings.t)) >= share
     kept[recordings.offsets[:-1]] = True
     counts = np.add.reduceat(kept.astype(np.int64), recordings.offsets[:-1])
-    columns = {name: getattr(recordings, name)[kept] for name in ("x", "y", "t", "p")}
+    columns = {name: getattr(recordings, name)[kept] for name in FIELDS}
     return recordings.replaced(columns, counts)

@@ -79,8 +79,7 @@ class SNNClassifier(ClassifierMixin, BaseEstimator):
 
         from sparing.core.predictor import ModulePredictor, build_model
         from sparing.core.randomness import isolated_rng
-        from sparing.core.registry import resolve
-        from sparing.core.training import fit
+        from sparing.core.training import Train, fit
         from sparing.models.spiking.report import spike_report
         from sparing.models.spiking.streaming import StreamingPredictor
 
@@ -95,13 +94,12 @@ class SNNClassifier(ClassifierMixin, BaseEstimator):
         fields |= {"attention": self.attention, "placement": self.placement, "in_channels": frames.shape[2]}
         with isolated_rng(self.seed):
             model = build_model("gesture_snn", task, **fields)
-        settings: Any = resolve("steps", "train")(
-            epochs=self.epochs, batch_size=self.batch_size, optimizer="Adam", lr=self.lr, scheduler="one_cycle"
-        )
+        plan: dict[str, Any] = {"optimizer": "Adam", "scheduler": "one_cycle"}
+        settings = Train(**plan, **{name: getattr(self, name) for name in ("epochs", "batch_size", "lr")})
         data = TensorDataset(as_tensor(frames), as_tensor(numbers))
         trained = fit(model, task, data, None, settings, seed=self.seed).model.eval()
         self.classes_, self._shape = classes, frames.shape[1:]
-        self.report_ = spike_report(trained, (batch for batch in as_tensor(frames).split(EVALUATION_BATCH)))
+        self.report_ = spike_report(trained, as_tensor(frames).split(EVALUATION_BATCH))
         for remark in self.report_.remarks:
             warnings.warn(remark, stacklevel=2)
         self.predictor_ = StreamingPredictor(ModulePredictor(trained, task))
