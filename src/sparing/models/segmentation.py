@@ -83,8 +83,7 @@ class SegmentationModel(nn.Module):
         decoder: "deeplabv3" or "psp".
         channels: width of the decoder and of the auxiliary head.
         stage: the backbone's stage, from 1, that is decoded, and the last that is kept; the auxiliary head sits on the
-            one
-            before. None: the last.
+            one before. None: the last.
         dilations: of DeepLabv3's branches; one of 1 is a pointwise convolution.
         pools: rows and columns of PSPNet's means.
         dropout: before the last convolution.
