@@ -15,7 +15,7 @@ from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.task import Splits, Task
 from sparing.data.coco import CocoFile, CocoImage, DenseImages, Merge, images_of, read_coco
 from sparing.data.images import ArrayImages, LabelledImages
-from sparing.data.preprocessing import ChannelsFirst, Decode, Normalise, Resize, ToFloat
+from sparing.data.preprocessing import IMAGENET, ChannelsFirst, Decode, Normalise, Resize, ToFloat
 from sparing.data.root import data_root, own_data
 from sparing.tasks.images.corruptions import corruption_functions
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 FULL = 255.0
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels, red, green and blue: what published backbones expect."""
 ENDINGS = (".json", ".json.gz")
 ALONE = ("train", "instances", "annotations")
 """Names of the file that holds the training images, where none is said."""
@@ -146,7 +144,7 @@ class AnnotatedImages(Task):
     @property
     def preprocessing(self) -> Preprocessing:  # type: ignore[override]
         """Decode, stretch to the task's size, scale to 0…1, normalise by ImageNet's mean and standard deviation."""
-        return Preprocessing((*self._plain(), ToFloat(FULL), Normalise(MEAN, STD)))
+        return Preprocessing((*self._plain(), ToFloat(FULL), Normalise(*IMAGENET)))
 
     def _part(self, files: Sequence[CocoFile], limit: int | None) -> DenseImages:
         """The images of some files as one dataset, in memory where they fit."""
