@@ -216,7 +216,9 @@ def test_a_classifiers_weights_become_the_backbone() -> None:
     model = small()
     model.load_backbone(classifier.state_dict())
     images = torch.randn(2, 3, 32, 32)
-    for ours, theirs in zip(model.eval().backbone(images), classifier.eval().forward_features(images), strict=True):
+    for ours, theirs in zip(
+        model.eval().backbone.forward_features(images), classifier.eval().forward_features(images), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(InvalidValue, match=r"stages\.0\.0\.expand\.0\.weight"):
         model.load_backbone(MobileNet(expansion=3, widths=(4, 6, 8, 8), depths=(1, 1, 1, 1)).state_dict())
@@ -225,9 +227,9 @@ def test_a_classifiers_weights_become_the_backbone() -> None:
 def test_frozen_statistics_stay() -> None:
     for frozen in (True, False):
         model = small(frozen_statistics=frozen).train()
-        before = model.backbone.state_dict()["stem.1.running_mean"].clone()
+        before = model.state_dict()["backbone.stem.1.running_mean"].clone()
         model(torch.randn(4, 3, 32, 32) + 3)
-        assert torch.equal(before, model.backbone.state_dict()["stem.1.running_mean"]) is frozen
+        assert torch.equal(before, model.state_dict()["backbone.stem.1.running_mean"]) is frozen
         assert model.extra[0][0][1].training  # type: ignore[index]
 
 
