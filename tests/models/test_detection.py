@@ -242,11 +242,26 @@ def test_one_value_has_no_variance() -> None:
     torch.testing.assert_close(norm(several), nn.BatchNorm2d(3).train()(several))
 
 
+class Halved(nn.Module):
+    """What is asked of a backbone, and nothing more."""
+
+    embed_dims = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Conv2d(3, 4, 2, 2)
+
+    def forward_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.only(images)]
+
+
 def test_a_module_of_ones_own_may_be_the_backbone() -> None:
     backbone = EMO("0.14M-32px", features_only=True)
     model = SSDLiteDetector(backbone, num_classes=2, image_size=32, extra_channels=())
     assert model.backbone is backbone
     assert model(torch.randn(1, 3, 32, 32))["logits"].shape == (1, 6 * (16 + 4), 3)
+    model = SSDLiteDetector(Halved(), num_classes=2, image_size=32, stages=(1,), extra_channels=())
+    assert model(torch.randn(1, 3, 32, 32))["logits"].shape == (1, 6 * 256, 3)
     with pytest.raises(InvalidValue, match="forward_features"):
         SSDLiteDetector(nn.Linear(2, 2))
 

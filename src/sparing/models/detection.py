@@ -267,6 +267,7 @@ class SSDLiteDetector(nn.Module):
             raise InvalidValue(f"ssdlite: stages = {stages!r}; some of 1…{len(dims)}, in order, are expected")
         if not all(ratio > 0 for ratio in ratios):
             raise InvalidValue(f"ssdlite: ratios = {ratios!r}; positive numbers are expected")
+        self.in_channels = in_channels
         self.num_classes, self.image_size, self.stages = num_classes, image_size, tuple(stages)
         self.frozen_statistics = frozen_statistics
         channels = [dims[stage - 1] for stage in stages]
@@ -306,7 +307,8 @@ class SSDLiteDetector(nn.Module):
         device = next(plain.parameters()).device
         try:
             with torch.no_grad():
-                image = torch.zeros(1, plain.in_channels, self.image_size, self.image_size, device=device)
+                channels = getattr(plain, "in_channels", self.in_channels)
+                image = torch.zeros(1, channels, self.image_size, self.image_size, device=device)
                 features = plain.eval().forward_features(image)
         finally:
             for module, flag in training.items():
