@@ -446,6 +446,7 @@ def flat_rates(rate: float, depth: int) -> list[float]:
 
 # -------------------------------------------------------------------------------------------------------------- step
 
+
 def load_teacher(folder: Path, trust: Collection[str] = ()) -> ViTTrunk:
     """A teacher from a folder: a model that Sparing saved, a network of :func:`sparing.models.mae.save_vit`, or a ViT
     or ViTMAE of ``transformers``."""
