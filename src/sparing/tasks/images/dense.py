@@ -275,13 +275,21 @@ EMOJI80_BACKBONE: Mapping[str, Any] = {
 """EMO-0.14M with a stem that halves, as suits 96 pixels; windows are whole maps."""
 
 
-def emoji80_folder(root: Path | None) -> Path:
-    """Where the scenes lie; :class:`DataError` says what is missing."""
-    folder = data_root(root) / EMOJI80_FOLDER
-    if not (folder / EMOJI80["test"]).is_file():
-        raise DataError(
-            f"{folder / EMOJI80['test']} is missing. Place there train_base, train_novel and val, each as NAME.json.gz "
-            "in COCO's format and NAME.tar with its images; for a folder of your own use coco_detection or "
-            "coco_segmentation"
+class Emoji80(AnnotatedImages):
+    """Where the scenes lie, and what of them is used; comes before the kind of task among a class's bases."""
+
+    def __init__(self, merge: Merge = "", train_limit: int | None = None, test_limit: int | None = None) -> None:
+        super().__init__(
+            EMOJI80_FOLDER, **EMOJI80, size=96, merge=merge, train_limit=train_limit, test_limit=test_limit
         )
-    return folder
+        self.name = type(self).name
+
+    def _located(self) -> Path:
+        folder = data_root(self._root) / EMOJI80_FOLDER
+        if not (folder / EMOJI80["test"]).is_file():
+            raise DataError(
+                f"{folder / EMOJI80['test']} is missing. Place there train_base, train_novel and val, each as "
+                "NAME.json.gz in COCO's format and NAME.tar with its images; for a folder of your own use "
+                "coco_detection or coco_segmentation"
+            )
+        return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,8 +14,8 @@ from sparing.core.errors import InvalidValue, MissingDependency
 from sparing.core.predictor.tree import map_leaves, to_numpy
 from sparing.core.task import IGNORED, Evaluation, Metric
 from sparing.data.boxes import DetectBoxes
-from sparing.data.coco import Merge, collate_boxes
-from sparing.tasks.images.dense import EMOJI80, EMOJI80_BACKBONE, EMOJI80_FOLDER, AnnotatedImages, emoji80_folder
+from sparing.data.coco import collate_boxes
+from sparing.tasks.images.dense import EMOJI80_BACKBONE, AnnotatedImages, Emoji80
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -194,7 +193,7 @@ class CocoDetection(Detection):
         return {**SSDLITE, "sizes": [side * self.image_size / 96 for side in SSDLITE["sizes"]]}
 
 
-class Emoji80Detection(Detection):
+class Emoji80Detection(Emoji80, Detection):
     """Rendered scenes of emoji on photographs, 96×96, with boxes of 80 kinds: 3,000 to train on and 600 to measure.
 
     Composed pictures, no photographs of real objects; figures on them say how parts compare, not how well anything is
@@ -209,12 +208,3 @@ class Emoji80Detection(Detection):
 
     name = "emoji80_detection"
     model: Mapping[str, Any] = SSDLITE
-
-    def __init__(self, merge: Merge = "", train_limit: int | None = None, test_limit: int | None = None) -> None:
-        super().__init__(
-            EMOJI80_FOLDER, **EMOJI80, size=96, merge=merge, train_limit=train_limit, test_limit=test_limit
-        )
-        self.name = "emoji80_detection"
-
-    def _located(self) -> Path:
-        return emoji80_folder(self._root)
