@@ -26,6 +26,7 @@ from sparing.core.predictor.module import named_model
 from sparing.core.task import IGNORED
 from sparing.data.boxes import OFFSET_STDS, pairwise_iou
 from sparing.models.convnet import whole
+from sparing.models.surgery import evaluating
 
 RATIOS = (2.0, 3.0)
 """Width over height of the elongated anchors; each stands beside its inverse."""
@@ -303,16 +304,10 @@ class SSDLiteDetector(nn.Module):
     def _maps(self) -> list[tuple[int, int]]:
         """Sizes of the levels for one image."""
         plain: Any = self.backbone
-        training = {module: module.training for module in plain.modules()}
-        device = next(plain.parameters()).device
-        try:
-            with torch.no_grad():
-                channels = getattr(plain, "in_channels", self.in_channels)
-                image = torch.zeros(1, channels, self.image_size, self.image_size, device=device)
-                features = plain.eval().forward_features(image)
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        channels = getattr(plain, "in_channels", self.in_channels)
+        image = torch.zeros(1, channels, self.image_size, self.image_size, device=next(plain.parameters()).device)
+        with torch.no_grad(), evaluating(plain):
+            features = plain.forward_features(image)
         maps = [(int(features[stage - 1].shape[2]), int(features[stage - 1].shape[3])) for stage in self.stages]
         for _ in self.extra:
             maps.append((-(-maps[-1][0] // 2), -(-maps[-1][1] // 2)))
