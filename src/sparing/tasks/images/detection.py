@@ -67,27 +67,12 @@ def coco_scores(
         for box, label, crowd, area in zip(
             *(truth[name] for name in ("boxes", "labels", "crowd", "area")), strict=True
         ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": int(label),
-                    "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
-                    "area": float(area),
-                    "iscrowd": int(crowd),
-                }
-            )
+            entry = _entry(number, label, box)
+            annotations.append({**entry, "id": len(annotations) + 1, "area": float(area), "iscrowd": int(crowd)})
     found = []
     for number, answer in enumerate(answers):
         for box, score, label in zip(answer["boxes"], answer["scores"], answer["labels"], strict=True):
-            found.append(
-                {
-                    "image_id": number,
-                    "category_id": int(label),
-                    "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
-                    "score": float(score),
-                }
-            )
+            found.append({**_entry(number, label, box), "score": float(score)})
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         truth_api = COCO()
         truth_api.dataset = {
@@ -110,6 +95,11 @@ def coco_scores(
     precision = judge.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes; all sizes, 100 boxes
     by_class = np.array([p[p > -1].mean() if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)])
     return {name: float(value) for name, value in zip(COCO_FIGURES, judge.stats, strict=True)}, by_class
+
+
+def _entry(image: int, label: Any, box: np.ndarray) -> dict[str, Any]:
+    """What annotations and answers have in common in COCO's format."""
+    return {"image_id": image, "category_id": int(label), "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]}
 
 
 class Detection(AnnotatedImages):
