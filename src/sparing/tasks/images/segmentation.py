@@ -13,6 +13,7 @@ from sparing.core.errors import InvalidValue
 from sparing.core.predictor.preprocessing import Operation
 from sparing.core.task import IGNORED, Evaluation, Metric
 from sparing.data.boxes import LabelMaps, confusion
+from sparing.data.coco import nearest_cells
 from sparing.tasks.images.dense import EMOJI80_BACKBONE, AnnotatedImages, Emoji80
 
 if TYPE_CHECKING:
@@ -92,10 +93,8 @@ class Segmentation(AnnotatedImages):
     def class_logits(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """(logits (N·h·w, classes), classes (N·h·w,)): at the model's resolution, the class at each cell's centre."""
         logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        height, width = batch[1].shape[1:]
         rows, columns = (
-            ((np.arange(size) + 0.5) * full / size).astype(int)
-            for size, full in zip(logits.shape[2:], (height, width), strict=True)
+            nearest_cells(full, size) for full, size in zip(batch[1].shape[1:], logits.shape[2:], strict=True)
         )
         return logits.movedim(1, -1).flatten(0, -2), batch[1][:, rows][:, :, columns].flatten()
 
