@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from _claims import Claim, main
-from sparing.core.pipeline import begin
+from sparing.core.pipeline import apply_steps, begin
 from sparing.core.predictor import build_model
 from sparing.core.randomness import isolated_rng
 from sparing.core.statistics import difference_over_seeds
@@ -32,7 +32,6 @@ from sparing.distillation.finetuning import FineTune
 from sparing.distillation.pretraining import Pretrain
 from sparing.distillation.relations import DistilRelations
 from sparing.optimization.label_smoothing import SmoothLabels
-from sparing.tasks.images.estimator import applied
 from sparing.tasks.images.sign_digits import SignDigits
 
 ISSUE = "issue Smaller models, gates"
@@ -94,7 +93,7 @@ class Bench:
     def run(self, name: str, job: Any, step: Any) -> Stage:
         """A step's model and cost, told once."""
         if name not in self.kept:
-            after = applied(step, job)
+            after = apply_steps(job, [step])
             cost = after.store.cost.cpu_s
             self.kept[name] = Stage((dict(after.model.state_dict()), after.model.config), cost, step.epochs)
             print(f"stage seed {self.seed}, {name}: {cost:.0f} CPU s for {step.epochs} epochs", flush=True)
@@ -163,8 +162,7 @@ class Bench:
                 accelerator="cpu",
             )
             crops = Augment(crop="resized", scale=(0.75, 1.0), flip=0.5, jitter=0.0)
-            for step in (crops, SmoothLabels(epsilon=0.1), tune):
-                job = applied(step, job)
+            job = apply_steps(job, [crops, SmoothLabels(epsilon=0.1), tune])
             val, test = (self.task.evaluate(job.predictor, split) for split in (job.val, self.splits().test))
             found.append({"val": val.metrics["accuracy"], "test": test.metrics["accuracy"], "decay": decay})
         best = max(found, key=lambda run: run["val"])  # the earlier of equals

@@ -216,7 +216,9 @@ def test_a_classifiers_weights_become_the_backbone() -> None:
     model = small()
     model.load_backbone(classifier.state_dict())
     images = torch.randn(2, 3, 32, 32)
-    for ours, theirs in zip(model.eval().backbone(images), classifier.eval().forward_features(images), strict=True):
+    for ours, theirs in zip(
+        model.eval().backbone.forward_features(images), classifier.eval().forward_features(images), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(InvalidValue, match=r"stages\.0\.0\.expand\.0\.weight"):
         model.load_backbone(MobileNet(expansion=3, widths=(4, 6, 8, 8), depths=(1, 1, 1, 1)).state_dict())
@@ -225,9 +227,9 @@ def test_a_classifiers_weights_become_the_backbone() -> None:
 def test_frozen_statistics_stay() -> None:
     for frozen in (True, False):
         model = small(frozen_statistics=frozen).train()
-        before = model.backbone.state_dict()["stem.1.running_mean"].clone()
+        before = model.state_dict()["backbone.stem.1.running_mean"].clone()
         model(torch.randn(4, 3, 32, 32) + 3)
-        assert torch.equal(before, model.backbone.state_dict()["stem.1.running_mean"]) is frozen
+        assert torch.equal(before, model.state_dict()["backbone.stem.1.running_mean"]) is frozen
         assert model.extra[0][0][1].training  # type: ignore[index]
 
 
@@ -240,11 +242,26 @@ def test_one_value_has_no_variance() -> None:
     torch.testing.assert_close(norm(several), nn.BatchNorm2d(3).train()(several))
 
 
+class Halved(nn.Module):
+    """What is asked of a backbone, and nothing more."""
+
+    embed_dims = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Conv2d(3, 4, 2, 2)
+
+    def forward_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.only(images)]
+
+
 def test_a_module_of_ones_own_may_be_the_backbone() -> None:
     backbone = EMO("0.14M-32px", features_only=True)
     model = SSDLiteDetector(backbone, num_classes=2, image_size=32, extra_channels=())
     assert model.backbone is backbone
     assert model(torch.randn(1, 3, 32, 32))["logits"].shape == (1, 6 * (16 + 4), 3)
+    model = SSDLiteDetector(Halved(), num_classes=2, image_size=32, stages=(1,), extra_channels=())
+    assert model(torch.randn(1, 3, 32, 32))["logits"].shape == (1, 6 * 256, 3)
     with pytest.raises(InvalidValue, match="forward_features"):
         SSDLiteDetector(nn.Linear(2, 2))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparing
-from coco_cases import coco_folder, content, scene
+from coco_cases import coco_folder, content, row_of, scene
 from sparing.core.collation import batches_of
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue
 from sparing.core.predictor import ModulePredictor, build_model, load, spec_of, to_onnx
@@ -230,17 +230,8 @@ def test_a_saved_predictor_answers_with_boxes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_files_to_a_ledger(tmp_path: Path) -> None:
-    done = sparing.run(
-        task=task_of(tmp_path / "data", test_share=0.25),
-        model=MODEL,
-        steps=[
-            sparing.Augment(flip=0.5, jitter=0.1),
-            sparing.Train(epochs=30, batch_size=6, lr=0.01, validate_every=30),
-        ],
-        meter={"min_seconds": 0.0, "max_seconds": 0.05, "memory": False},
-        store=tmp_path / "store",
-    )
-    row = done.ledger.rows[-1]
+    task = task_of(tmp_path / "data", test_share=0.25)
+    row = row_of(task, MODEL, epochs=30, store=tmp_path / "store", batch_size=6, lr=0.01)
     assert row.runtime == "onnxruntime"
     assert row.figures["ap50"].value > 0.3, row.figures["ap50"]
 

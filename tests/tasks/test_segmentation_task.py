@@ -10,8 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
-import sparing
-from coco_cases import coco_folder, scene
+from coco_cases import coco_folder, row_of, scene
 from sparing.core.collation import batches_of
 from sparing.core.errors import InvalidValue
 from sparing.core.predictor import ModulePredictor, build_model, load, to_onnx
@@ -106,17 +105,8 @@ def test_a_saved_segmenter_answers_with_maps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_masks_to_a_ledger(tmp_path: Path) -> None:
-    done = sparing.run(
-        task=task_of(tmp_path / "data", test_share=0.25),
-        model={"name": "segmenter", **FIELDS},
-        steps=[
-            sparing.Augment(flip=0.5, jitter=0.1),
-            sparing.Train(epochs=60, batch_size=4, lr=0.02, validate_every=60),
-        ],
-        meter={"min_seconds": 0.0, "max_seconds": 0.05, "memory": False},
-        store=tmp_path / "store",
-    )
-    row = done.ledger.rows[-1]
+    task, model = task_of(tmp_path / "data", test_share=0.25), {"name": "segmenter", **FIELDS}
+    row = row_of(task, model, epochs=60, store=tmp_path / "store", batch_size=4, lr=0.02)
     assert row.runtime == "onnxruntime"
     assert row.figures["miou"].value > 0.5, row.figures["miou"]
 

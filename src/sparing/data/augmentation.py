@@ -37,7 +37,9 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Augmentation(ABC):
-    """A random change of uint8 images; subclasses define :meth:`change`."""
+    """A random change of uint8 images; subclasses are dataclasses and define :meth:`change`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Uint8 (N, H, W, C) or (H, W, C) → the same kind; :class:`DataError` for anything else."""
@@ -456,7 +458,7 @@ class AugmentedImages(LabelledImages):
 
     @cached_property
     def _fingerprint(self) -> str:
-        settings = [[type(operation).__name__, asdict(operation)] for operation in self.augmentations]  # type: ignore[call-overload]
+        settings = [[type(operation).__name__, asdict(operation)] for operation in self.augmentations]
         return hashlib.sha256(f"{self.plain.fingerprint()}\n{canonical_json(settings)}".encode()).hexdigest()
 
 
@@ -513,7 +515,7 @@ class PairedImages(AugmentedImages):
 
     @cached_property
     def _fingerprint(self) -> str:
-        settings = [[type(operation).__name__, asdict(operation)] for operation in self.second]  # type: ignore[call-overload]
+        settings = [[type(operation).__name__, asdict(operation)] for operation in self.second]
         own = canonical_json([settings, self.moments])
         return hashlib.sha256(f"{super()._fingerprint}\n{own}".encode()).hexdigest()
 

@@ -306,15 +306,16 @@ def label_map(image: CocoImage, where: str = "image") -> Integer[np.ndarray, "h 
     return found
 
 
+def nearest_cells(size: int, target: int) -> Integer[np.ndarray, " target"]:
+    """In which of ``size`` cells along a side the centre of each of ``target`` lies."""
+    return ((np.arange(target) + 0.5) * size / target).astype(int)
+
+
 def nearest(labels: Integer[np.ndarray, "h w"], height: int, width: int) -> Integer[np.ndarray, "height width"]:
     """A map of another size, whose pixels take the class at their centre."""
     if labels.shape == (height, width):
         return labels
-    rows, columns = (
-        ((np.arange(target) + 0.5) * size / target).astype(int)
-        for size, target in zip(labels.shape, (height, width), strict=True)
-    )
-    return labels[rows[:, None], columns]
+    return labels[np.ix_(nearest_cells(labels.shape[0], height), nearest_cells(labels.shape[1], width))]
 
 
 # ----------------------------------------------------------------------------------------------------------- the files

@@ -32,6 +32,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """Encodings that are opened. Others are refused: some of Pillow's decoders start foreign programs."""
 
 CHANNELS = {"L": 1, "RGB": 3}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of red, green and blue in 0…1 that public weights were trained with."""
 _ORIENTATION = 0x0112  # EXIF tag
 
 Mode = Literal["L", "RGB"]

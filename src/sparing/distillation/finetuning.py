@@ -144,6 +144,7 @@ class FineTune(Train):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"module", "images", "classification", TRUNK})
+    slots: ClassVar[frozenset[str]] = frozenset({"optimizer", "scheduler"})
     source: ClassVar[str] = "He et al. 2022, MAE, appendix A; Clark et al. 2020, ELECTRA (layer-wise decay)"
     base_lr: ClassVar[float] = 5e-4
     """Of "scaled", for a batch of 256."""
@@ -186,11 +187,6 @@ class FineTune(Train):
             raise InvalidValue(f'{self.id}: decay = {self.decay!r}; "matrices" is expected')
         check_warmup(self.id, self.warmup_epochs, self.epochs)
         half_cosine_scheduler(self.rate, self.epochs, self.warmup_epochs, self.floor)
-
-    @property
-    def slots(self) -> frozenset[str]:  # type: ignore[override]  # filled for this very training
-        """The optimizer and the schedule."""
-        return frozenset({"optimizer", "scheduler"})
 
     @property
     def rate(self) -> float:

@@ -13,7 +13,7 @@ each other one (query · key, value · value). The last block of the student is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ from sparing.core.predictor import build_model, load, named_model, outline
 from sparing.core.randomness import isolated_rng
 from sparing.core.step import step
 from sparing.data.augmentation import ColourJitter, PairedImages
+from sparing.data.preprocessing import IMAGENET
 from sparing.distillation.pretraining import OwnLoss, Pretrain, trunk_of
 from sparing.models.emo import DropPath
 from sparing.models.mae import (
@@ -424,7 +425,8 @@ class RelationStudent(nn.Module):
                 theirs = dict(zip("qkv", taught.attn.split(taught.norm1(x_t)), strict=True))
             mine = dict(zip("qkv", last.attn.split(last.norm1(x_s)), strict=True))
             differ = relation_kl if objective.softmax else relation_smooth_l1
-            return sum_of([differ(theirs[a], theirs[b], mine[a], mine[b]) for a, b in objective.relations])
+            losses = [differ(theirs[a], theirs[b], mine[a], mine[b]) for a, b in objective.relations]
+            return torch.stack(losses).sum()
         feature: Feature = objective.feature if objective.target == "features" else "block"
         with torch.no_grad():
             target = block_feature(taught, x_t, feature)
@@ -435,11 +437,6 @@ class RelationStudent(nn.Module):
         return feature_smooth_l1(target, self.projection(made))
 
 
-def sum_of(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars."""
-    return torch.stack(list(terms)).sum()
-
-
 def flat_rates(rate: float, depth: int) -> list[float]:
     """The student's rates of stochastic depth: the same in every block but the last, which has none."""
     if not 0 <= rate < 1:
@@ -448,9 +445,6 @@ def flat_rates(rate: float, depth: int) -> list[float]:
 
 
 # -------------------------------------------------------------------------------------------------------------- step
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of red, green and blue in 0…1 that public weights were trained with."""
 
 
 def load_teacher(folder: Path, trust: Collection[str] = ()) -> ViTTrunk:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from sparing.core.predictor.module import named_model
 from sparing.core.task import IGNORED
 from sparing.data.boxes import OFFSET_STDS, pairwise_iou
 from sparing.models.convnet import whole
+from sparing.models.surgery import evaluating
 
 RATIOS = (2.0, 3.0)
 """Width over height of the elongated anchors; each stands beside its inverse."""
@@ -181,26 +182,43 @@ class LoneBatchNorm(nn.BatchNorm2d):
         return super().forward(input)
 
 
+class Backbone(Protocol):
+    """What a module under a detector or a segmenter has besides being one."""
+
+    @property
+    def embed_dims(self) -> Sequence[int]:
+        """Channels of each stage's map."""
+
+    def forward_features(self, images: Tensor) -> Sequence[Tensor]:
+        """(N, C, H, W) → the map of each stage, from fine to coarse."""
+
+    def load_checkpoint(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a classifier's weights. Only ``load_backbone`` asks for it."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As every module has them."""
+
+
 def pyramid_backbone(
     what: str, backbone: nn.Module | str | Mapping[str, Any], in_channels: int, last: int | None = None
-) -> nn.Module:
+) -> Backbone:
     """A network with ``forward_features`` and ``embed_dims``: a module as it is, or a registered model's name and
     fields.
 
     Raises :class:`InvalidValue` for a model that gives no pyramid.
     """
+    network: Any = backbone
     if not isinstance(backbone, nn.Module):
         name, fields = named_model(backbone, f"{what}: backbone")
-        backbone = build_model(name, **{"features_only": True, "in_channels": in_channels, **fields})
-    if not hasattr(backbone, "forward_features") or not hasattr(backbone, "embed_dims"):
+        network = build_model(name, **{"features_only": True, "in_channels": in_channels, **fields})
+    if not hasattr(network, "forward_features") or not hasattr(network, "embed_dims"):
         raise InvalidValue(
-            f"{what}: backbone = a {type(backbone).__name__}; a network with forward_features (images → feature maps) "
+            f"{what}: backbone = a {type(network).__name__}; a network with forward_features (images → feature maps) "
             "and embed_dims (their channels) is expected, for example emo or mobilenet"
         )
-    keep: Any = getattr(backbone, "keep_stages", None)
-    if keep is not None and last is not None and 1 <= last < len(backbone.embed_dims):  # type: ignore[arg-type]
-        keep(last)
-    return backbone
+    if hasattr(network, "keep_stages") and last is not None and 1 <= last < len(network.embed_dims):
+        network.keep_stages(last)
+    return network
 
 
 class SSDLiteDetector(nn.Module):
@@ -245,11 +263,12 @@ class SSDLiteDetector(nn.Module):
         self.backbone = pyramid_backbone(
             "ssdlite", backbone or {"name": "emo", "variant": "1M"}, in_channels, max(stages, default=None)
         )
-        dims: Sequence[int] = self.backbone.embed_dims  # type: ignore[assignment]
+        dims = self.backbone.embed_dims
         if not stages or list(stages) != sorted({*stages}) or stages[0] < 1 or stages[-1] > len(dims):
             raise InvalidValue(f"ssdlite: stages = {stages!r}; some of 1…{len(dims)}, in order, are expected")
         if not all(ratio > 0 for ratio in ratios):
             raise InvalidValue(f"ssdlite: ratios = {ratios!r}; positive numbers are expected")
+        self.in_channels = in_channels
         self.num_classes, self.image_size, self.stages = num_classes, image_size, tuple(stages)
         self.frozen_statistics = frozen_statistics
         channels = [dims[stage - 1] for stage in stages]
@@ -285,15 +304,10 @@ class SSDLiteDetector(nn.Module):
     def _maps(self) -> list[tuple[int, int]]:
         """Sizes of the levels for one image."""
         plain: Any = self.backbone
-        training = {module: module.training for module in plain.modules()}
-        device = next(plain.parameters()).device
-        try:
-            with torch.no_grad():
-                image = torch.zeros(1, plain.in_channels, self.image_size, self.image_size, device=device)
-                features = plain.eval().forward_features(image)
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        channels = getattr(plain, "in_channels", self.in_channels)
+        image = torch.zeros(1, channels, self.image_size, self.image_size, device=next(plain.parameters()).device)
+        with torch.no_grad(), evaluating(plain):
+            features = plain.forward_features(image)
         maps = [(int(features[stage - 1].shape[2]), int(features[stage - 1].shape[3])) for stage in self.stages]
         for _ in self.extra:
             maps.append((-(-maps[-1][0] // 2), -(-maps[-1][1] // 2)))
@@ -310,11 +324,11 @@ class SSDLiteDetector(nn.Module):
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
         """Take over a classifier's weights; see the backbone's ``load_checkpoint``."""
-        self.backbone.load_checkpoint(state)  # type: ignore[operator]
+        self.backbone.load_checkpoint(state)
 
     def levels(self, images: Float[Tensor, "n c h w"]) -> Iterator[Float[Tensor, "n width rows columns"]]:
         """The feature maps that are looked at, from fine to coarse."""
-        features = self.backbone.forward_features(images)  # type: ignore[operator]
+        features = self.backbone.forward_features(images)
         yield from (features[stage - 1] for stage in self.stages)
         x = features[self.stages[-1] - 1]
         for extra in self.extra:

@@ -577,7 +577,9 @@ def _own(said: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> 
             raise InvalidValue(f"heads_of = {said.get('heads_of')}; {list(config.heads_of)} follow from the sizes")
         if classes is not None:
             _shaped(state, "head.weight", (classes, config.dim), folder)
-            return build_model("mae_vit", num_classes=classes, **trunk)  # type: ignore[return-value]
+            model = build_model("mae_vit", num_classes=classes, **trunk)
+            assert isinstance(model, MAEViT)
+            return model
         return ViTEncoder(config) if decoder is None else MAE(config, **decoder)
     except (InvalidValue, TypeError, KeyError) as error:
         raise CorruptFile(f"{folder / CONFIG}: {error}") from error

@@ -142,7 +142,7 @@ class MobileNet(nn.Module):
                 f"mobilenet: keep_stages({count!r}); 1…{len(self.embed_dims)} is expected, of a network with "
                 "features_only"
             )
-        self._absent = tuple(f"stages.{stage}." for stage in range(count, len(self.stages)))
+        self._absent = (*self._absent, *(f"stages.{stage}." for stage in range(count, len(self.stages))))
         self.stages = nn.Sequential(*list(self.stages)[:count])
         self.embed_dims = self.embed_dims[:count]
 

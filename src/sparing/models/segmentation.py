@@ -83,8 +83,7 @@ class SegmentationModel(nn.Module):
         decoder: "deeplabv3" or "psp".
         channels: width of the decoder and of the auxiliary head.
         stage: the backbone's stage, from 1, that is decoded, and the last that is kept; the auxiliary head sits on the
-            one
-            before. None: the last.
+            one before. None: the last.
         dilations: of DeepLabv3's branches; one of 1 is a pointwise convolution.
         pools: rows and columns of PSPNet's means.
         dropout: before the last convolution.
@@ -118,7 +117,7 @@ class SegmentationModel(nn.Module):
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise InvalidValue(f"segmenter: dropout = {dropout!r}; 0 ≤ dropout < 1 is expected")
         self.backbone = pyramid_backbone("segmenter", backbone or {"name": "emo", "variant": "1M"}, in_channels, stage)
-        dims: Sequence[int] = self.backbone.embed_dims  # type: ignore[assignment]
+        dims = self.backbone.embed_dims
         self.stage = len(dims) if stage is None else stage
         if not least <= self.stage <= len(dims):
             raise InvalidValue(f"segmenter: stage = {self.stage}; {least}…{len(dims)} is expected of this backbone")
@@ -138,11 +137,11 @@ class SegmentationModel(nn.Module):
 
     def load_backbone(self, state: Mapping[str, Tensor]) -> None:
         """Take over a classifier's weights; see the backbone's ``load_checkpoint``."""
-        self.backbone.load_checkpoint(state)  # type: ignore[operator]
+        self.backbone.load_checkpoint(state)
 
     def forward(self, images: Float[Tensor, "..."]) -> Tensor | tuple[Tensor, Tensor]:
         """(N, in_channels, H, W) → logits, in training beside the auxiliary head's."""
-        features = self.backbone.forward_features(images)  # type: ignore[operator]
+        features = self.backbone.forward_features(images)
         logits = self.classify(self.decoder(features[self.stage - 1]))
         if self.auxiliary is None or not self.training:
             return logits

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,6 +88,18 @@ def run_on(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> 
     positional, named = inputs
     with torch.no_grad():
         return model(*(map_leaves(place, value) for value in positional), **map_leaves(place, named))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode within the block; each module's mode is put back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], what: str, ignored: Sequence[str] = ()) -> None:

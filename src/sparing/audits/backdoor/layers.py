@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparing.core.errors import InvalidValue
+from sparing.models.surgery import evaluating
 
 
 @contextmanager
@@ -25,18 +26,6 @@ def hooked(modules: dict[str, nn.Module], seen: Callable[[str, Any, Any], None])
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode within the block; each module's mode is put back after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def weight_layers(model: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparing.audits.backdoor.finding import Defence, Finding, Stamp, Subject, settings
-from sparing.audits.backdoor.layers import evaluating
 from sparing.audits.backdoor.metrics import mad_outliers
 from sparing.audits.backdoor.pixels import PixelSpace
+from sparing.models.surgery import evaluating
 
 LEARNING_RATE, BETAS = 0.1, (0.5, 0.9)
 START_SPREAD = 0.1

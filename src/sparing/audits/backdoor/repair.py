@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, normalize
 
 from sparing.audits.backdoor.finding import Defence, Finding, Images, Stamp, Subject, settings
-from sparing.audits.backdoor.layers import block_ends, block_outputs, evaluating, predict
+from sparing.audits.backdoor.layers import block_ends, block_outputs, predict
 from sparing.audits.backdoor.metrics import BackdoorRates, backdoor_rates
+from sparing.models.surgery import evaluating
 
 EPOCHS, LEARNING_RATE, MOMENTUM, BATCH = 10, 0.01, 0.9, 64
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparing.audits.backdoor.finding import Defence, Finding, Subject, settings
 from sparing.audits.backdoor.layers import (
-    evaluating,
     last_linear,
     logits_and_features,
     penultimate_features,
@@ -18,6 +17,7 @@ from sparing.audits.backdoor.layers import (
 )
 from sparing.audits.backdoor.neural_cleanse import START_SPREAD, Reversed, blended, squash, stamp_of
 from sparing.audits.backdoor.pixels import PixelSpace
+from sparing.models.surgery import evaluating
 
 LEARNING_RATE = 0.1
 

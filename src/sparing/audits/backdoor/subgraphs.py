@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparing.audits.backdoor.layers import evaluating
 from sparing.audits.backdoor.metrics import BackdoorRates, backdoor_rates
 from sparing.audits.backdoor.triggers import TriggerHistory, check_driving, drive_units
 from sparing.core.errors import InvalidValue
 from sparing.data.graphs import PackedGraphs
 from sparing.models.gnn import normalised_adjacency
+from sparing.models.surgery import evaluating
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

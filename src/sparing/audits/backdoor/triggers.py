@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from sparing.audits.backdoor.layers import evaluating, hooked, linear_layer
+from sparing.audits.backdoor.layers import hooked, linear_layer
 from sparing.audits.backdoor.pixels import PixelSpace
 from sparing.core.errors import InvalidValue
+from sparing.models.surgery import evaluating
 
 Position = Literal["top_left", "top_right", "bottom_left", "bottom_right"] | tuple[int, int]
 

@@ -15,7 +15,7 @@ from sparing.core.predictor.preprocessing import Preprocessing
 from sparing.core.task import Splits, Task
 from sparing.data.coco import CocoFile, CocoImage, DenseImages, Merge, images_of, read_coco
 from sparing.data.images import ArrayImages, LabelledImages
-from sparing.data.preprocessing import ChannelsFirst, Decode, Normalise, Resize, ToFloat
+from sparing.data.preprocessing import IMAGENET, ChannelsFirst, Decode, Normalise, Resize, ToFloat
 from sparing.data.root import data_root, own_data
 from sparing.tasks.images.corruptions import corruption_functions
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 FULL = 255.0
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels, red, green and blue: what published backbones expect."""
 ENDINGS = (".json", ".json.gz")
 ALONE = ("train", "instances", "annotations")
 """Names of the file that holds the training images, where none is said."""
@@ -146,7 +144,7 @@ class AnnotatedImages(Task):
     @property
     def preprocessing(self) -> Preprocessing:  # type: ignore[override]
         """Decode, stretch to the task's size, scale to 0…1, normalise by ImageNet's mean and standard deviation."""
-        return Preprocessing((*self._plain(), ToFloat(FULL), Normalise(MEAN, STD)))
+        return Preprocessing((*self._plain(), ToFloat(FULL), Normalise(*IMAGENET)))
 
     def _part(self, files: Sequence[CocoFile], limit: int | None) -> DenseImages:
         """The images of some files as one dataset, in memory where they fit."""
@@ -277,13 +275,21 @@ EMOJI80_BACKBONE: Mapping[str, Any] = {
 """EMO-0.14M with a stem that halves, as suits 96 pixels; windows are whole maps."""
 
 
-def emoji80_folder(root: Path | None) -> Path:
-    """Where the scenes lie; :class:`DataError` says what is missing."""
-    folder = data_root(root) / EMOJI80_FOLDER
-    if not (folder / EMOJI80["test"]).is_file():
-        raise DataError(
-            f"{folder / EMOJI80['test']} is missing. Place there train_base, train_novel and val, each as NAME.json.gz "
-            "in COCO's format and NAME.tar with its images; for a folder of your own use coco_detection or "
-            "coco_segmentation"
+class Emoji80(AnnotatedImages):
+    """Where the scenes lie, and what of them is used; comes before the kind of task among a class's bases."""
+
+    def __init__(self, merge: Merge = "", train_limit: int | None = None, test_limit: int | None = None) -> None:
+        super().__init__(
+            EMOJI80_FOLDER, **EMOJI80, size=96, merge=merge, train_limit=train_limit, test_limit=test_limit
         )
-    return folder
+        self.name = type(self).name
+
+    def _located(self) -> Path:
+        folder = data_root(self._root) / EMOJI80_FOLDER
+        if not (folder / EMOJI80["test"]).is_file():
+            raise DataError(
+                f"{folder / EMOJI80['test']} is missing. Place there train_base, train_novel and val, each as "
+                "NAME.json.gz in COCO's format and NAME.tar with its images; for a folder of your own use "
+                "coco_detection or coco_segmentation"
+            )
+        return folder

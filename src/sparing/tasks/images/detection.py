@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,8 +14,8 @@ from sparing.core.errors import InvalidValue, MissingDependency
 from sparing.core.predictor.tree import map_leaves, to_numpy
 from sparing.core.task import IGNORED, Evaluation, Metric
 from sparing.data.boxes import DetectBoxes
-from sparing.data.coco import Merge, collate_boxes
-from sparing.tasks.images.dense import EMOJI80, EMOJI80_BACKBONE, EMOJI80_FOLDER, AnnotatedImages, emoji80_folder
+from sparing.data.coco import collate_boxes
+from sparing.tasks.images.dense import EMOJI80_BACKBONE, AnnotatedImages, Emoji80
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,27 +67,12 @@ def coco_scores(
         for box, label, crowd, area in zip(
             *(truth[name] for name in ("boxes", "labels", "crowd", "area")), strict=True
         ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": int(label),
-                    "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
-                    "area": float(area),
-                    "iscrowd": int(crowd),
-                }
-            )
+            entry = _entry(number, label, box)
+            annotations.append({**entry, "id": len(annotations) + 1, "area": float(area), "iscrowd": int(crowd)})
     found = []
     for number, answer in enumerate(answers):
         for box, score, label in zip(answer["boxes"], answer["scores"], answer["labels"], strict=True):
-            found.append(
-                {
-                    "image_id": number,
-                    "category_id": int(label),
-                    "bbox": [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])],
-                    "score": float(score),
-                }
-            )
+            found.append({**_entry(number, label, box), "score": float(score)})
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         truth_api = COCO()
         truth_api.dataset = {
@@ -111,6 +95,11 @@ def coco_scores(
     precision = judge.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes; all sizes, 100 boxes
     by_class = np.array([p[p > -1].mean() if (p > -1).any() else -1.0 for p in np.moveaxis(precision, 2, 0)])
     return {name: float(value) for name, value in zip(COCO_FIGURES, judge.stats, strict=True)}, by_class
+
+
+def _entry(image: int, label: Any, box: np.ndarray) -> dict[str, Any]:
+    """What annotations and answers have in common in COCO's format."""
+    return {"image_id": image, "category_id": int(label), "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]}
 
 
 class Detection(AnnotatedImages):
@@ -194,7 +183,7 @@ class CocoDetection(Detection):
         return {**SSDLITE, "sizes": [side * self.image_size / 96 for side in SSDLITE["sizes"]]}
 
 
-class Emoji80Detection(Detection):
+class Emoji80Detection(Emoji80, Detection):
     """Rendered scenes of emoji on photographs, 96×96, with boxes of 80 kinds: 3,000 to train on and 600 to measure.
 
     Composed pictures, no photographs of real objects; figures on them say how parts compare, not how well anything is
@@ -209,12 +198,3 @@ class Emoji80Detection(Detection):
 
     name = "emoji80_detection"
     model: Mapping[str, Any] = SSDLITE
-
-    def __init__(self, merge: Merge = "", train_limit: int | None = None, test_limit: int | None = None) -> None:
-        super().__init__(
-            EMOJI80_FOLDER, **EMOJI80, size=96, merge=merge, train_limit=train_limit, test_limit=test_limit
-        )
-        self.name = "emoji80_detection"
-
-    def _located(self) -> Path:
-        return emoji80_folder(self._root)

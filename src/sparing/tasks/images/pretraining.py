@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -24,7 +24,6 @@ from sparing.tasks.images.classification import ImageClassification
 from sparing.tasks.images.estimator import ImageClassifier, images_of, moments_of
 
 if TYPE_CHECKING:
-    from sparing.core.job import Job
     from sparing.core.step import Step
 
 Size = str | ViTConfig
@@ -59,13 +58,37 @@ class StageReport:
         return "\n".join([first, *self.remarks, str(self.cost)])
 
 
-class _Stage(BaseEstimator):
+@dataclass(eq=False, repr=False, kw_only=True)
+class _Training:
+    """What all stages are trained by."""
+
+    lr: Rate = "scaled"
+    batch_size: int = 256
+    accumulate: int = 1
+    weight_decay: float = 0.05
+    warmup_epochs: float | None = None
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    seed: int = 0
+    store: Path | str | None = None
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class _Unsupervised(_Training):
+    """What the stages without labels are trained by besides."""
+
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    scale: tuple[float, float] = (0.2, 1.0)
+    flip: float = 0.5
+
+
+class _Stage(_Unsupervised, BaseEstimator):
     """What the stages without labels have in common."""
 
-    seed: int
-    """Decides weights, order and augmentation."""
-    store: Path | str | None
-    """Where unfinished and finished work is kept; the user's cache folder by default."""
     stage: ClassVar[str] = "pre-training"
     """What a report calls it."""
     model_: MAEViT
@@ -79,7 +102,12 @@ class _Stage(BaseEstimator):
         job = apply_steps(begin(task, model, seed=self.seed, store=self.store), [step])
         assert isinstance(job.model, MAEViT)
         self.model_, self.curves_ = job.model, dict(job.notes.curves)
-        self._told = _told(job, step.rate)
+        self._told = {
+            "seconds": job.store.cost.wall_s,
+            "cpu_seconds": job.store.cost.cpu_s,
+            "learning_rate": step.rate,
+            "remarks": tuple(job.notes.remarks),
+        }
         return self
 
     def save(self, folder: Path | str) -> None:
@@ -88,7 +116,7 @@ class _Stage(BaseEstimator):
 
     def report(self) -> StageReport:
         """What the stage took, and what the network costs."""
-        return _report(self.stage, self._fitted(), self._told, self.curves_)
+        return _report(self.stage, self._fitted(), self.curves_, **self._told)
 
     def _fitted(self) -> MAEViT:
         if not hasattr(self, "model_"):
@@ -96,6 +124,7 @@ class _Stage(BaseEstimator):
         return self.model_
 
 
+@dataclass(eq=False, repr=False)
 class MAEPretrainer(_Stage):
     """A vision transformer pre-trained on images without labels, as a masked autoencoder (He et al. 2022).
 
@@ -122,45 +151,9 @@ class MAEPretrainer(_Stage):
         store: where unfinished and finished work is kept; the user's cache folder by default.
     """
 
-    def __init__(
-        self,
-        encoder: Size = "vit_tiny",
-        mask_ratio: float = 0.75,
-        norm_pix_loss: bool = True,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        epochs: int = 800,
-        lr: Rate = "scaled",
-        batch_size: int = 256,
-        accumulate: int = 1,
-        weight_decay: float = 0.05,
-        warmup_epochs: float | None = None,
-        scale: tuple[float, float] = (0.2, 1.0),
-        flip: float = 0.5,
-        precision: str = "32-true",
-        accelerator: str = "auto",
-        seed: int = 0,
-        store: Path | str | None = None,
-    ) -> None:
-        self.encoder = encoder
-        self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
-        self.decoder_dim = decoder_dim
-        self.decoder_depth = decoder_depth
-        self.decoder_heads = decoder_heads
-        self.epochs = epochs
-        self.lr = lr
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.weight_decay = weight_decay
-        self.warmup_epochs = warmup_epochs
-        self.scale = scale
-        self.flip = flip
-        self.precision = precision
-        self.accelerator = accelerator
-        self.seed = seed
-        self.store = store
+    encoder: Size = "vit_tiny"
+    _: KW_ONLY
+    epochs: int = 800
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3); ``y`` is not looked at."""
@@ -169,6 +162,7 @@ class MAEPretrainer(_Stage):
         return self._run(task, _model_fields(self.encoder, task), Pretrain(**fields))
 
 
+@dataclass(eq=False, repr=False)
 class TinyMIMDistiller(_Stage):
     """A small vision transformer taught by one block of a large one, without labels (TinyMIM, Ren et al. 2023).
 
@@ -210,71 +204,22 @@ class TinyMIMDistiller(_Stage):
 
     stage: ClassVar[str] = "distillation"
 
-    def __init__(
-        self,
-        teacher: _Stage | ViTTrunk | Path | str,
-        student: Size = "vit_tiny",
-        target: Target = "relations",
-        relations: Sequence[Relation] = ("qk", "vv"),
-        softmax: bool = True,
-        feature: Feature = "block",
-        target_block: int | None = None,
-        student_heads: int | Literal["auto"] = "auto",
-        input: Literal["raw", "masked"] = "raw",
-        reconstruction: bool = False,
-        norm_pix_loss: bool = True,
-        student_drop_path: float = 0.1,
-        teacher_drop_path: float = 0.0,
-        teacher_normalisation: Literal["data", "imagenet"] = "data",
-        jitter: float = 0.4,
-        mask_ratio: float = 0.75,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        epochs: int = 300,
-        lr: Rate = "scaled",
-        batch_size: int = 256,
-        accumulate: int = 1,
-        weight_decay: float = 0.05,
-        warmup_epochs: float | None = None,
-        scale: tuple[float, float] = (0.2, 1.0),
-        flip: float = 0.5,
-        precision: str = "32-true",
-        accelerator: str = "auto",
-        seed: int = 0,
-        store: Path | str | None = None,
-    ) -> None:
-        self.teacher = teacher
-        self.student = student
-        self.target = target
-        self.relations = relations
-        self.softmax = softmax
-        self.feature = feature
-        self.target_block = target_block
-        self.student_heads = student_heads
-        self.input = input
-        self.reconstruction = reconstruction
-        self.norm_pix_loss = norm_pix_loss
-        self.student_drop_path = student_drop_path
-        self.teacher_drop_path = teacher_drop_path
-        self.teacher_normalisation = teacher_normalisation
-        self.jitter = jitter
-        self.mask_ratio = mask_ratio
-        self.decoder_dim = decoder_dim
-        self.decoder_depth = decoder_depth
-        self.decoder_heads = decoder_heads
-        self.epochs = epochs
-        self.lr = lr
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.weight_decay = weight_decay
-        self.warmup_epochs = warmup_epochs
-        self.scale = scale
-        self.flip = flip
-        self.precision = precision
-        self.accelerator = accelerator
-        self.seed = seed
-        self.store = store
+    teacher: _Stage | ViTTrunk | Path | str
+    student: Size = "vit_tiny"
+    target: Target = "relations"
+    relations: Sequence[Relation] = ("qk", "vv")
+    softmax: bool = True
+    feature: Feature = "block"
+    target_block: int | None = None
+    student_heads: int | Literal["auto"] = "auto"
+    input: Literal["raw", "masked"] = "raw"
+    reconstruction: bool = False
+    _: KW_ONLY
+    student_drop_path: float = 0.1
+    teacher_drop_path: float = 0.0
+    teacher_normalisation: Literal["data", "imagenet"] = "data"
+    jitter: float = 0.4
+    epochs: int = 300
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train on uint8 images (n, H, W) or (n, H, W, 1 or 3); ``y`` is not looked at."""
@@ -286,6 +231,7 @@ class TinyMIMDistiller(_Stage):
         return self._run(task, teacher_of(self.teacher), DistilRelations(**fields))
 
 
+@dataclass(eq=False, repr=False)
 class SequentialDistiller(BaseEstimator):
     """A chain of distillations: each student, not fine-tuned, teaches the next and smaller one by its last block.
 
@@ -299,22 +245,10 @@ class SequentialDistiller(BaseEstimator):
         settings: further arguments of each :class:`TinyMIMDistiller`.
     """
 
-    stages_: list[TinyMIMDistiller]
-    """The fitted distiller of each student."""
-    model_: MAEViT
-    """The last student."""
-
-    def __init__(
-        self,
-        teacher: _Stage | ViTTrunk | Path | str,
-        students: Sequence[Size],
-        target_block: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.teacher = teacher
-        self.students = students
-        self.target_block = target_block
-        self.settings = settings
+    teacher: _Stage | ViTTrunk | Path | str
+    students: Sequence[Size]
+    target_block: int | None = None
+    settings: Mapping[str, Any] | None = None
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train all students, one after the other, on uint8 images (n, H, W) or (n, H, W, 1 or 3)."""
@@ -322,12 +256,14 @@ class SequentialDistiller(BaseEstimator):
             raise InvalidValue("SequentialDistiller: students is empty; at least one is expected")
         teacher: Any = teacher_of(self.teacher)
         block = default_block(teacher.config) if self.target_block is None else self.target_block
-        self.stages_ = []
+        self.stages_: list[TinyMIMDistiller] = []
+        """The fitted distiller of each student."""
         for student in self.students:
             stage = TinyMIMDistiller(teacher, student, target_block=block, **(self.settings or {})).fit(X)
             self.stages_.append(stage)
             teacher, block = stage.model_, stage.model_.config.depth
         self.model_ = self.stages_[-1].model_
+        """The last student."""
         return self
 
     def report(self) -> list[StageReport]:
@@ -337,7 +273,8 @@ class SequentialDistiller(BaseEstimator):
         return [stage.report() for stage in self.stages_]
 
 
-class ViTFineTuner(ImageClassifier):
+@dataclass(eq=False, repr=False)
+class ViTFineTuner(_Training, ImageClassifier):
     """A pre-trained vision transformer fine-tuned on labelled images; early layers learn more slowly than later ones.
 
     Args:
@@ -366,53 +303,20 @@ class ViTFineTuner(ImageClassifier):
         store: where unfinished and finished work is kept; the user's cache folder by default.
     """
 
-    def __init__(
-        self,
-        model: _Stage | SequentialDistiller | ViTTrunk | ViTConfig | Path | str,
-        layer_decay: float = 0.65,
-        heads: int | None = None,
-        epochs: int = 100,
-        lr: Rate = "scaled",
-        batch_size: int = 256,
-        accumulate: int = 1,
-        weight_decay: float = 0.05,
-        warmup_epochs: float | None = None,
-        drop_path: float = 0.0,
-        label_smoothing: float = 0.1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        scale: tuple[float, float] | None = None,
-        flip: float = 0.0,
-        randaugment: int = 0,
-        erase: float = 0.0,
-        val_share: float | None = None,
-        precision: str = "32-true",
-        accelerator: str = "auto",
-        seed: int = 0,
-        store: Path | str | None = None,
-    ) -> None:
-        self.model = model
-        self.layer_decay = layer_decay
-        self.heads = heads
-        self.epochs = epochs
-        self.lr = lr
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.weight_decay = weight_decay
-        self.warmup_epochs = warmup_epochs
-        self.drop_path = drop_path
-        self.label_smoothing = label_smoothing
-        self.mixup = mixup
-        self.cutmix = cutmix
-        self.scale = scale
-        self.flip = flip
-        self.randaugment = randaugment
-        self.erase = erase
-        self.val_share = val_share
-        self.precision = precision
-        self.accelerator = accelerator
-        self.seed = seed
-        self.store = store
+    model: _Stage | SequentialDistiller | ViTTrunk | ViTConfig | Path | str
+    layer_decay: float = 0.65
+    heads: int | None = None
+    epochs: int = 100
+    _: KW_ONLY
+    drop_path: float = 0.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    scale: tuple[float, float] | None = None
+    flip: float = 0.0
+    randaugment: int = 0
+    erase: float = 0.0
+    val_share: float | None = None
 
     def _model(self, task: ImageClassification) -> MAEViT:
         from sparing.core.predictor import build_model
@@ -446,8 +350,15 @@ class ViTFineTuner(ImageClassifier):
         """What the fine-tuning took, and what the network costs."""
         self._fitted()
         assert isinstance(self._trained, MAEViT)
-        told = (self.seconds_, self.cpu_seconds_, self._last_step().rate, ())
-        return _report("fine-tuning", self._trained, told, self.curves_)
+        return _report(
+            "fine-tuning",
+            self._trained,
+            self.curves_,
+            seconds=self.seconds_,
+            cpu_seconds=self.cpu_seconds_,
+            learning_rate=self._last_step().rate,
+            remarks=(),
+        )
 
 
 def teacher_of(given: Any) -> ViTTrunk:
@@ -460,16 +371,10 @@ def teacher_of(given: Any) -> ViTTrunk:
     return network
 
 
-def _told(job: Job, rate: float) -> tuple[float, float, float, tuple[str, ...]]:
-    return job.store.cost.wall_s, job.store.cost.cpu_s, rate, tuple(job.notes.remarks)
-
-
-def _report(
-    stage: str, model: MAEViT, told: tuple[float, float, float, tuple[str, ...]], curves: Mapping[str, Any]
-) -> StageReport:
+def _report(stage: str, model: MAEViT, curves: Mapping[str, Any], **told: Any) -> StageReport:
     config = model.config
     cost = cost_report(model, (config.in_channels, config.image_size, config.image_size))
-    return StageReport(stage, cost, told[0], told[1], told[2], curves, told[3])
+    return StageReport(stage, cost, curves=curves, **told)
 
 
 def _model_fields(size: Size, task: ImageClassification) -> dict[str, Any]:

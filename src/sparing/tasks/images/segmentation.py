@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,8 +13,8 @@ from sparing.core.errors import InvalidValue
 from sparing.core.predictor.preprocessing import Operation
 from sparing.core.task import IGNORED, Evaluation, Metric
 from sparing.data.boxes import LabelMaps, confusion
-from sparing.data.coco import Merge
-from sparing.tasks.images.dense import EMOJI80, EMOJI80_BACKBONE, EMOJI80_FOLDER, AnnotatedImages, emoji80_folder
+from sparing.data.coco import nearest_cells
+from sparing.tasks.images.dense import EMOJI80_BACKBONE, AnnotatedImages, Emoji80
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +93,8 @@ class Segmentation(AnnotatedImages):
     def class_logits(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """(logits (N·h·w, classes), classes (N·h·w,)): at the model's resolution, the class at each cell's centre."""
         logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        height, width = batch[1].shape[1:]
         rows, columns = (
-            ((np.arange(size) + 0.5) * full / size).astype(int)
-            for size, full in zip(logits.shape[2:], (height, width), strict=True)
+            nearest_cells(full, size) for full, size in zip(batch[1].shape[1:], logits.shape[2:], strict=True)
         )
         return logits.movedim(1, -1).flatten(0, -2), batch[1][:, rows][:, :, columns].flatten()
 
@@ -136,7 +133,7 @@ class CocoSegmentation(Segmentation):
     model: Mapping[str, Any] = SEGMENTER
 
 
-class Emoji80Segmentation(Segmentation):
+class Emoji80Segmentation(Emoji80, Segmentation):
     """Rendered scenes of emoji on photographs, 96×96, a class for each pixel: 3,000 to train on and 600 to measure.
 
     Composed pictures, no photographs of real objects; figures on them say how parts compare, not how well anything is
@@ -150,12 +147,3 @@ class Emoji80Segmentation(Segmentation):
 
     name = "emoji80_segmentation"
     model: Mapping[str, Any] = SEGMENTER
-
-    def __init__(self, merge: Merge = "", train_limit: int | None = None, test_limit: int | None = None) -> None:
-        super().__init__(
-            EMOJI80_FOLDER, **EMOJI80, size=96, merge=merge, train_limit=train_limit, test_limit=test_limit
-        )
-        self.name = "emoji80_segmentation"
-
-    def _located(self) -> Path:
-        return emoji80_folder(self._root)
