@@ -161,6 +161,11 @@ PARTS: dict[str, dict[str, Part]] = {
             'Your own corpus for language modelling: text files, or JSONL with the key "text", as characters or byte '
             "pairs.",
         ),
+        "continual": Part(
+            "sparing.tasks.continual:Continual",
+            "Several tasks in a row for one model: a set of images under permutations of pixels, or its classes in "
+            "blocks.",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),

@@ -513,6 +513,7 @@ NARROW_BACKBONE = {"name": "mobilenet", "widths": [4, 6, 8, 8], "depths": [1, 1,
 
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
+    "continual": lambda data, scratch: TaskCase(lambda: registered_task("continual", of="digits", tasks=3)),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
     "citeseer": lambda data, scratch: TaskCase(lambda: registered_task("citeseer"), data),
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),

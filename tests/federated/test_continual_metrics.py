@@ -25,7 +25,8 @@ def test_entries_of_tasks_to_come_are_not_looked_at():
 def test_a_single_task_forgets_nothing():
     found = ContinualMetrics([[0.7, 0.0]])
     assert found.forgetting.tolist() == found.forgetting_rate.tolist() == [0.0]
-    assert found.backward_transfer == 0 and found.average_accuracy.tolist() == [0.7]
+    assert found.backward_transfer == 0
+    assert found.average_accuracy.tolist() == [0.7]
 
 
 def test_a_task_that_was_never_answered_cannot_be_forgotten():
