@@ -22,7 +22,7 @@ from sparing.tasks.images.classification import ImageClassification
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparing.core.predictor import Operation, Predictor, Preprocessing
+    from sparing.core.predictor import Predictor, Preprocessing
 
 EVALUATION_BATCH = 256
 OUTSIDE = -1e11
