@@ -27,6 +27,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.published:CIFAR10",
             "CIFAR-10: colour images of animals and vehicles, 32×32, 10 classes (Krizhevsky 2009).",
         ),
+        "cifar100": Part(
+            "sparing.tasks.images.published:CIFAR100",
+            "CIFAR-100: colour images of animals, plants, things and people, 32×32, 100 classes (Krizhevsky 2009).",
+        ),
         "image_folder": Part(
             "sparing.tasks.images.folder:ImageFolder",
             "Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.",
@@ -309,6 +313,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.blocknet:BlockNet",
             "Convolutional network of equal blocks, which gradients are matched on (Zhao et al. 2021, "
             "arXiv:2006.05929).",
+        ),
+        "cnn6": Part(
+            "sparing.models.blocknet:SixLayerCNN",
+            "Six-layer network of FedKNOW: three pairs of 3×3 convolutions, max pooling after each, two linear layers.",
         ),
         "convnet": Part(
             "sparing.models.convnet:ConvNet",
