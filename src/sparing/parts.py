@@ -240,6 +240,11 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.core.export:Export",
             "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
         ),
+        "federate": Part(
+            "sparing.federated.step:Federate",
+            "Let a fleet train the model: clients learn on their own data, task after task, and a server averages "
+            "weights.",
+        ),
         "group_ftrl": Part(
             "sparing.optimization.ftrl:GroupFtrl",
             "Train embedding tables with group-lasso FTRL, which zeroes whole rows, and everything else with FTRL.",
