@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparing.core.job import Job, TrainingPlan
     from sparing.core.task import Task
     from sparing.federated.clients import ContinualClient
-    from sparing.federated.rounds import FleetResult
+    from sparing.federated.rounds import FleetPlan, FleetResult
 
 Method = Literal["fedknow", "fedavg", "fedprox", "ewc", "gem", "lwf", "local"]
 HONOURED = ("optimizer", "wrap_optimizer", "batch_transforms")
@@ -222,11 +222,10 @@ class Federate(Step):
     def run(self, job: Job, blocks: Sequence[range]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Train the fleet: (weights of the model handed on, what :meth:`report` tells of it, JSON-able)."""
         from sparing.core.predictor import ModulePredictor
-        from sparing.federated.rounds import FleetPlan, run_federated
+        from sparing.federated.rounds import run_federated
 
         model = job.fresh_model()
-        orders = self.orders(len(blocks), job.seed)
-        order_of = orders or (tuple(range(len(blocks))),) * self.clients
+        order_of = self.orders(len(blocks), job.seed) or (tuple(range(len(blocks))),) * self.clients
 
         def accuracies(weights: Mapping[str, Any]) -> list[float]:
             model.load_state_dict(weights)
@@ -240,26 +239,40 @@ class Federate(Step):
             rows = [[row[task] for task in order_of[client]] for client, row in sorted(own.items())]
             return np.mean(rows, axis=0).tolist()
 
-        result = run_federated(
-            FleetPlan(
-                clients=self.clients,
-                blocks=tuple(blocks),
-                rounds_per_task=self.rounds_per_task,
-                seed=derive_seed(job.seed, "federate"),
-                weights={name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
-                make_client=partial(
-                    make_client, self, job.fresh_model(), job.training, derive_seed(job.seed, "client")
-                ),
-                data_of=Shares(job.train, self.shares(class_labels(job.train), blocks, job.seed)),
-                fraction=self.fraction,
-                weighting=self.weighting,
-                orders=orders,
-            ),
-            self.engine,
-            job.store.progress("fleet"),
-            on_task_end,
-        )
+        plan = self.fleet(model, job.train, blocks, job.training, job.seed)
+        result = run_federated(plan, self.engine, job.store.progress("fleet"), on_task_end)
         return dict(result.local[min(result.local)] if result.local else result.weights), _record(result)
+
+    def fleet(
+        self, model: nn.Module, data: Any, blocks: Sequence[range], training: TrainingPlan, seed: int
+    ) -> FleetPlan:
+        """What a run of the fleet depends on, for :func:`~sparing.federated.rounds.run_federated`.
+
+        Args:
+            model: the first weights, and what each client trains; it stays as it is.
+            data: all training samples (input, class), map-style.
+            blocks: classes of each task.
+            training: of it, optimizer, wraps of the optimizer and batch transforms are taken.
+            seed: decides who has what, who is asked, and every client's random numbers.
+
+        Raises:
+            InvalidValue: a client would be without a sample of a task.
+        """
+        from sparing.federated.rounds import FleetPlan
+
+        start = copy.deepcopy(model).cpu()
+        return FleetPlan(
+            clients=self.clients,
+            blocks=tuple(blocks),
+            rounds_per_task=self.rounds_per_task,
+            seed=derive_seed(seed, "federate"),
+            weights={name: tensor.detach().clone() for name, tensor in start.state_dict().items()},
+            make_client=partial(make_client, self, start, training, derive_seed(seed, "client")),
+            data_of=Shares(data, self.shares(class_labels(data), blocks, seed)),
+            fraction=self.fraction,
+            weighting=self.weighting,
+            orders=self.orders(len(blocks), seed),
+        )
 
     def report(self, job: Job, record: Mapping[str, Any]) -> None:
         """Tell the ledger what the fleet learnt and forgot, sent, and lost."""
