@@ -337,6 +337,19 @@ STEPS = {
         task=partial(clicks, EmptyRows),
         nothing=StepCase(sparing.DropZeroRows(), before=(TRAIN,), task=clicks, nothing="is the case"),
     ),
+    "federate": StepCase(
+        sparing.Federate(
+            clients=3,
+            rounds_per_task=2,
+            fraction=0.6,
+            local_epochs=1,
+            batch_size=8,
+            lr=0.01,
+            classes_per_client=2,
+            engine="inprocess",
+        ),
+        nothing="training moves the weights",
+    ),
     "rpgd": StepCase(
         sparing.Rpgd(momentum=0.9, freeze_g_steps=2, g_shrink=0.5),
         after=(PLAIN,),

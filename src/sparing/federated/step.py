@@ -210,17 +210,19 @@ class Federate(Step):
         blocks = blocks_of(job.task)
 
         def compute() -> dict[str, Any]:
-            weights, record = self.run(job, blocks)
-            return {"weights": weights, "record": record}
+            result = self.run(job, blocks)
+            job.store.once("timings", lambda: _clocks(result), JSON)
+            own = result.local[min(result.local)] if result.local else result.weights
+            return {"weights": dict(own), "record": _record(result)}
 
         stored = job.store.once("fleet", compute, All({"weights": TENSORS, "record": JSON}))
         trained = job.fresh_model()
         load_weights(trained, stored["weights"])
-        self.report(job, stored["record"])
+        self.report(job, stored["record"], job.store.once("timings", dict, JSON))
         return job.replace(model=trained, predictor=ModulePredictor(trained, job.task), training=TrainingPlan())
 
-    def run(self, job: Job, blocks: Sequence[range]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train the fleet: (weights of the model handed on, what :meth:`report` tells of it, JSON-able)."""
+    def run(self, job: Job, blocks: Sequence[range]) -> FleetResult:
+        """Train the fleet; after each task its accuracies on the validation data of all tasks are figures."""
         from sparing.core.predictor import ModulePredictor
         from sparing.federated.rounds import run_federated
 
@@ -240,8 +242,7 @@ class Federate(Step):
             return np.mean(rows, axis=0).tolist()
 
         plan = self.fleet(model, job.train, blocks, job.training, job.seed)
-        result = run_federated(plan, self.engine, job.store.progress("fleet"), on_task_end)
-        return dict(result.local[min(result.local)] if result.local else result.weights), _record(result)
+        return run_federated(plan, self.engine, job.store.progress("fleet"), on_task_end)
 
     def fleet(
         self, model: nn.Module, data: Any, blocks: Sequence[range], training: TrainingPlan, seed: int
@@ -274,7 +275,7 @@ class Federate(Step):
             orders=self.orders(len(blocks), seed),
         )
 
-    def report(self, job: Job, record: Mapping[str, Any]) -> None:
+    def report(self, job: Job, record: Mapping[str, Any], clocks: Mapping[str, Any]) -> None:
         """Tell the ledger what the fleet learnt and forgot, sent, and lost."""
         from sparing.federated.metrics import ContinualMetrics
 
@@ -285,7 +286,7 @@ class Federate(Step):
             job.record("validation forgetting rate", float(found.forgetting_rate[-1]), "")
             job.record("validation backward transfer", found.backward_transfer, "", better="higher")
         job.record("rounds", len(record["rounds"]), "")
-        for name, (value, unit) in record["totals"].items():
+        for name, (value, unit) in {**record["totals"], **clocks}.items():
             job.record(name, value, unit)
         for reason, count in record["dropped"].items():
             job.record(f"updates dropped: {reason}", count, "")
@@ -392,18 +393,16 @@ def _record(result: FleetResult) -> dict[str, Any]:
         "bytes from clients": (result.bytes_up, "B"),
         "updates averaged": (sum(len(report.averaged) for report in result.rounds), ""),
         "updates dropped": (sum(len(report.dropped) for report in result.rounds), ""),
-        "QP activations": (result.total("qp_steps"), ""),
-        "knowledge of a client": (max((found.get("knowledge_bytes", 0.0) for found in last), default=0.0), "B"),
         "state of a client": (max((found.get("state_bytes", 0.0) for found in kept), default=0.0), "B"),
-        "seconds of clients": (result.total("seconds"), "s"),
-        "CPU seconds of clients": (result.total("cpu_s"), "s"),
-        "peak memory of a client": (max((found.get("peak_bytes", 0.0) for found in told), default=0.0), "B"),
     }
+    if any("qp_steps" in found for found in told):
+        totals["QP activations"] = (result.total("qp_steps"), "")
+    if knowledge := [found["knowledge_bytes"] for found in last if "knowledge_bytes" in found]:
+        totals["knowledge of a client"] = (max(knowledge), "B")
     rounds = [
         {
             "round": report.round,
             "bytes": report.bytes_down + report.bytes_up,
-            "seconds": report.seconds,
             "loss": float(np.mean([found["train_loss"] for found in report.metrics.values()])),
         }
         for report in result.rounds
@@ -420,3 +419,17 @@ def _record(result: FleetResult) -> dict[str, Any]:
         "rounds": rounds,
         "lost": [*lost[:_SHOWN], *([f"… and {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else [])],
     }
+
+
+def _clocks(result: FleetResult) -> dict[str, Any]:
+    """What was read from clocks and from the system, as plain JSON: figure → (value, unit)."""
+    told = [found for report in (*result.rounds, result.end) for found in report.metrics.values()]
+    clocks = {
+        "start of the engine": (result.start_seconds, "s"),
+        "seconds of rounds": (sum(report.seconds for report in result.rounds), "s"),
+        "seconds of clients": (result.total("seconds"), "s"),
+        "CPU seconds of clients": (result.total("cpu_s"), "s"),
+    }
+    if peaks := [found["peak_bytes"] for found in told if "peak_bytes" in found]:
+        clocks["peak memory of a client"] = (max(peaks) / 2**20, "MiB")
+    return clocks
