@@ -108,7 +108,8 @@ def test_the_mean_is_over_tasks_and_not_over_samples():
     found = task.evaluate(predictor, few)
     by_task = [found.metrics[f"accuracy of task {number}"] for number in (1, 2)]
     assert found.metrics["accuracy"] == pytest.approx(np.mean(by_task))
-    assert found.per_unit is None
+    assert found.per_unit.mean() == pytest.approx(found.metrics["accuracy"])
+    assert len(np.unique(found.per_unit)) == 3  # wrong, or right in either task
 
 
 def test_a_model_that_answers_nothing_finite_is_refused(permuted):

@@ -188,8 +188,8 @@ class Continual(Task):
     def evaluate(self, predictor: Predictor, split: Any) -> Evaluation:
         """Accuracy of each task and their mean; of all samples the worst class, calibration error and likelihood.
 
-        A task that the split has no sample of takes no part in the mean. There are outcomes of single samples where
-        all tasks have equally many.
+        A task that the split has no sample of takes no part in the mean. A right sample counts 1 where all tasks have
+        equally many, and otherwise as much as makes the mean over samples that over tasks.
         """
         found, targets = [], []
         for batch in batches_of(split, EVALUATION_BATCH, self.collate):
@@ -211,7 +211,7 @@ class Continual(Task):
         metrics = {**whole.metrics, "accuracy": float(np.nanmean(by_task))}
         return Evaluation(
             metrics={**metrics, **{accuracy_of(task): float(value) for task, value in enumerate(by_task)}},
-            per_unit=whole.per_unit if len(set(counts[counts > 0])) == 1 else None,
+            per_unit=whole.per_unit * (len(number) / np.count_nonzero(counts) / counts[number]),
             by_class=whole.by_class,
         )
 
