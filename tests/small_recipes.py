@@ -243,6 +243,16 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.train.max_steps=1",
         "steps.train.workers=0",
     ),
+    "full/ma_snn_imagenet": (
+        "task.size=64",
+        "task.resize=72",
+        "model.depth=18",
+        "steps.train.max_steps=1",
+        "steps.train.batch_size=4",
+        "steps.train.precision=32-true",
+        "steps.train.devices=1",
+        "steps.train.workers=0",
+    ),
     "labels_few": (
         "steps.teacher.max_steps=1",
         "steps.student.max_steps=1",
