@@ -3,16 +3,15 @@
 python benchmarks/fedknow.py [accuracy] [bytes] [client_failures] [overhead] [arms] [cifar10]
 
 Four tasks, each all of Fashion-MNIST under a permutation of pixels of its own; five clients, in each task five classes
-and 300 images each; a perceptron 784-100-100-40. The aggregated model is tested on 1,500 images of each task. Finished
-runs are kept in the system's folder for temporary files, so an interrupted benchmark goes on where it was.
+drawn at random and 60 images of each; a perceptron 784-100-100-40. The aggregated model is tested on 1,500 images of
+each task. Finished runs are kept in the system's folder for temporary files, so an interrupted benchmark goes on where
+it was.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,14 @@ from _claims import Claim, main
 from _kept import Kept
 from sparing.core.job import TrainingPlan
 from sparing.core.predictor import ModulePredictor, build_model
-from sparing.core.randomness import isolated_rng
+from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.statistics import difference_over_seeds
 from sparing.data import partition, permuted
 from sparing.data.root import data_root
-from sparing.federated import clients, fedknow, methods, metrics, rounds, step
+from sparing.federated import clients, knowledge, metrics, projection, rounds, step
 from sparing.federated.metrics import ContinualMetrics
 from sparing.federated.rounds import run_federated
-from sparing.federated.step import Federate, blocks_of
+from sparing.federated.step import Federate, blocks_of, class_labels
 from sparing.tasks import continual
 from sparing.tasks.continual import Continual, accuracy_of
 
@@ -46,11 +45,11 @@ DEMONSTRATION: dict[str, Any] = {
     "optimizer": "SGD",
     "lr": 0.1,
     "weight_decay": 0.0,
-    "classes_per_client": 5,
-    "samples_per_client": 300,
     "engine": "inprocess",
 }
 """The sheet's settings."""
+CLASSES, IMAGES = 5, 60
+"""Of a client in each task: classes, and images of each."""
 NO_REFERENCE: dict[str, Any] = {"settings": {"reference": "none"}}
 ARMS: dict[str, dict[str, Any]] = {
     "FedKNOW": {"method": "fedknow", **NO_REFERENCE},
@@ -62,20 +61,36 @@ ARMS: dict[str, dict[str, Any]] = {
     "FedKNOW, ρ = 0.2": {"method": "fedknow", "rho": 0.2, **NO_REFERENCE},
     "local only": {"method": "local"},
     "FedProx, μ = 0.01": {"method": "fedprox", "settings": {"mu": 0.01}},
-    "EWC, λ = 10²": {"method": "ewc", "settings": {"penalty": 1e2}},
-    "EWC, λ = 10³": {"method": "ewc", "settings": {"penalty": 1e3}},
-    "EWC, λ = 10⁴": {"method": "ewc", "settings": {"penalty": 1e4}},
-    "GEM, 20 samples a task": {"method": "gem", "settings": {"memory": 20}},
+    "EWC, λ = 10²": {"method": "ewc", "settings": {"lam": 1e2}},
+    "EWC, λ = 10³": {"method": "ewc", "settings": {"lam": 1e3}},
+    "EWC, λ = 10⁴": {"method": "ewc", "settings": {"lam": 1e4}},
+    "GEM, 20 samples a task": {"method": "gem", "settings": {"samples": 20}},
     "LwF": {"method": "lwf"},
 }
 EQUAL = "FedAvg, 20 local epochs"
 """As many backward passes: a client of FedKNOW makes 1 + t of them for each batch of task t, on average 2.5."""
-KEPT = Kept("fedknow", clients, fedknow, methods, metrics, rounds, step, partition, permuted, continual, str(TEST_IMAGES))
+KEPT = Kept(
+    "fedknow", clients, knowledge, projection, metrics, rounds, step, partition, permuted, continual, str(TEST_IMAGES)
+)
 
 
 def stream(seed: int, of: str = "fashion_mnist") -> Continual:
     """The stream of one seed, with as many test images as the sheet says."""
     return Continual({"name": of, "test_limit": TEST_IMAGES}, "permuted", TASKS, seed)
+
+
+def drawn(labels: np.ndarray, blocks: Sequence[range], count: int, seed: int) -> list[list[np.ndarray]]:
+    """Rows of each task for each client, as the sheet has them: every client draws its classes by itself.
+
+    Of a class each client has other images; a class that nobody draws is nobody's.
+    """
+    rows: list[list[np.ndarray]] = []
+    for task, block in enumerate(blocks):
+        draw = np.random.RandomState(derive_seed("fedknow benchmark", seed, task))
+        left = {label: draw.permutation(np.flatnonzero(labels == label)).tolist() for label in block}
+        sets = [draw.choice(list(block), CLASSES, replace=False) for _ in range(count)]
+        rows.append([np.sort([left[label].pop() for label in own for _ in range(IMAGES)]) for own in sets])
+    return rows
 
 
 def trained(task: Continual, fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -84,7 +99,8 @@ def trained(task: Continual, fields: Mapping[str, Any], seed: int) -> dict[str, 
     splits, blocks = task.splits(data_root()), blocks_of(task)
     with isolated_rng("model", seed):
         model = build_model("mlp", task, widths=[100, 100])
-    plan = federate.fleet(model, splits.train, blocks, TrainingPlan(), seed)
+    rows = drawn(class_labels(splits.train), blocks, federate.clients, seed)
+    plan = federate.fleet(model, splits.train, blocks, TrainingPlan(), seed, rows)
 
     def tested(weights: Mapping[str, Any]) -> list[float]:
         model.load_state_dict(dict(weights))
@@ -117,7 +133,9 @@ def trained(task: Continual, fields: Mapping[str, Any], seed: int) -> dict[str, 
 def run(arm: str, seed: int, of: str = "fashion_mnist", **changes: Any) -> dict[str, Any]:
     """The kept run of an arm."""
     told = "".join(f", {name} = {value}" for name, value in sorted(changes.items()))
-    return KEPT.once(f"{of}, {arm}, seed {seed}{told}", lambda: trained(stream(seed, of), {**ARMS[arm], **changes}, seed))
+    return KEPT.once(
+        f"{of}, {arm}, seed {seed}{told}", lambda: trained(stream(seed, of), {**ARMS[arm], **changes}, seed)
+    )
 
 
 def over_seeds(arm: str, figure: str, of: str = "fashion_mnist", seeds: Sequence[int] = SEEDS) -> list[float]:
@@ -150,11 +168,12 @@ def measure_accuracy() -> list[Claim]:
     less_plain, _ = paired("forgetting", other="FedAvg")
     assert interval is not None
     setting = (
-        "permuted Fashion-MNIST, 4 tasks, 5 clients with label shards of 5 classes and 300 images a task, settings of "
-        "the sheet, none of them chosen here"
+        "permuted Fashion-MNIST, 4 tasks, 5 clients with 5 classes and 300 images a task, settings of the sheet, none of "
+        "them chosen here"
     )
     arms = ("FedKNOW", EQUAL, "FedAvg")
-    share = [run("FedKNOW", seed)["qp_steps"] / run("FedKNOW", seed)["steps"] for seed in SEEDS]
+    after_first = (TASKS - 1) / TASKS
+    share = [run("FedKNOW", seed)["qp_steps"] / (run("FedKNOW", seed)["steps"] * after_first) for seed in SEEDS]
     return [
         Claim(
             id="fedknow_accuracy",
@@ -173,7 +192,7 @@ def measure_accuracy() -> list[Claim]:
                 "setting": setting,
                 "difference to FedAvg with 8 local epochs": plain,
                 "its interval": plain_interval,
-                "share of steps in which the quadratic programme was solved": share,
+                "share of the steps after the first task in which the quadratic programme was solved": share,
                 "seed by seed": told(arms),
             },
         ),
@@ -222,7 +241,12 @@ def measure_bytes() -> list[Claim]:
                 {"name": "dense exchange: 2 · clients · parameters · 4 bytes", "figure": exchange},
             ],
             also=[
-                ("bytes of a round beside dense exchange", float(np.mean(ours["bytes_of_rounds"])) / exchange, "<=", 1.02),
+                (
+                    "bytes of a round beside dense exchange",
+                    float(np.mean(ours["bytes_of_rounds"])) / exchange,
+                    "<=",
+                    1.02,
+                ),
                 ("kept of a task beside ρ·p values and indices and all biases", kept / expected, "<=", 1.05),
                 ("the same, from below", kept / expected, ">=", 0.95),
             ],
@@ -296,3 +320,12 @@ def measure_cifar10() -> list[Claim]:
             details={"difference of forgetting": less, "seed by seed": told(arms, "cifar10")},
         )
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(
+        main(
+            "fedknow",
+            {"accuracy": measure_accuracy, "bytes": measure_bytes, "arms": measure_arms, "cifar10": measure_cifar10},
+        )
+    )

@@ -131,7 +131,8 @@ class Federate(Step):
 
             make_optimizer(self.optimizer, [torch.nn.Parameter(torch.zeros(1))], self.lr, self.weight_decay)
         if self.settings:
-            self.method_settings(0)
+            for client in range(len(several)):
+                self.method_settings(client)
 
     @property
     def slots(self) -> frozenset[str]:  # type: ignore[override]  # filled for this very training
@@ -141,15 +142,17 @@ class Federate(Step):
 
     def method_settings(self, client: int) -> Any:
         """The settings of one client's method; raises :class:`InvalidValue` for a field that it does not have."""
-        from sparing.federated.methods import METHODS
+        from sparing.federated.clients import method_settings
 
         own = {name: getattr(self, name) for name, owners in _OWN_FIELDS.items() if self.method in owners}
         several = (self.local_epochs,) if isinstance(self.local_epochs, int) else self.local_epochs
         if taken := {"local_epochs", "batch_size", *_OWN_FIELDS} & self.settings.keys():
             raise InvalidValue(f"{self.id}: settings has {sorted(taken)[0]}, which is a field of the step")
-        return METHODS[self.method][1](
-            local_epochs=several[client % len(several)], batch_size=self.batch_size, **own, **self.settings
-        )
+        told = {"local_epochs": several[client % len(several)], "batch_size": self.batch_size}
+        try:
+            return method_settings(self.method, **told, **own, **self.settings)
+        except TypeError as error:  # a text where a number belongs
+            raise InvalidValue(f"{self.id}: settings = {self.settings}: {error}") from error
 
     def check(self, task: Task) -> None:
         """The task's items can be shared among clients: each is a tensor and a class."""
@@ -245,7 +248,13 @@ class Federate(Step):
         return run_federated(plan, self.engine, job.store.progress("fleet"), on_task_end)
 
     def fleet(
-        self, model: nn.Module, data: Any, blocks: Sequence[range], training: TrainingPlan, seed: int
+        self,
+        model: nn.Module,
+        data: Any,
+        blocks: Sequence[range],
+        training: TrainingPlan,
+        seed: int,
+        shares: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> FleetPlan:
         """What a run of the fleet depends on, for :func:`~sparing.federated.rounds.run_federated`.
 
@@ -255,6 +264,7 @@ class Federate(Step):
             blocks: classes of each task.
             training: of it, optimizer, wraps of the optimizer and batch transforms are taken.
             seed: decides who has what, who is asked, and every client's random numbers.
+            shares: sample numbers of each task for each client; None: as :meth:`shares` deals them.
 
         Raises:
             InvalidValue: a client would be without a sample of a task.
@@ -269,7 +279,7 @@ class Federate(Step):
             seed=derive_seed(seed, "federate"),
             weights={name: tensor.detach().clone() for name, tensor in start.state_dict().items()},
             make_client=partial(make_client, self, start, training, derive_seed(seed, "client")),
-            data_of=Shares(data, self.shares(class_labels(data), blocks, seed)),
+            data_of=Shares(data, self.shares(class_labels(data), blocks, seed) if shares is None else shares),
             fraction=self.fraction,
             weighting=self.weighting,
             orders=self.orders(len(blocks), seed),
@@ -323,7 +333,7 @@ class Shares:
 
 def make_client(settings: Federate, model: nn.Module, plan: TrainingPlan, seed: int, number: int) -> ContinualClient:
     """One client with a model of its own and what it takes of the training plan."""
-    from sparing.federated.methods import METHODS
+    from sparing.federated.clients import METHODS
 
     return METHODS[settings.method][0](
         copy.deepcopy(model),
