@@ -168,8 +168,8 @@ def measure_accuracy() -> list[Claim]:
     less_plain, _ = paired("forgetting", other="FedAvg")
     assert interval is not None
     setting = (
-        "permuted Fashion-MNIST, 4 tasks, 5 clients with 5 classes and 300 images a task, settings of the sheet, none of "
-        "them chosen here"
+        "permuted Fashion-MNIST, 4 tasks, 5 clients with 5 classes and 300 images a task, settings of the sheet, none "
+        "of them chosen here"
     )
     arms = ("FedKNOW", EQUAL, "FedAvg")
     after_first = (TASKS - 1) / TASKS
