@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from sparing.core.errors import DataError, IncompatibleStep, InvalidValue
+from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, shown
 from sparing.core.randomness import derive_seed
 from sparing.core.step import Stage, Step, step
 
@@ -151,8 +151,8 @@ class Federate(Step):
         told = {"local_epochs": several[client % len(several)], "batch_size": self.batch_size}
         try:
             return method_settings(self.method, **told, **own, **self.settings)
-        except TypeError as error:  # a text where a number belongs
-            raise InvalidValue(f"{self.id}: settings = {self.settings}: {error}") from error
+        except (InvalidValue, TypeError) as error:  # a text where a number belongs is a TypeError
+            raise InvalidValue(f"{self.id}: settings = {shown(self.settings)}: {error}") from error
 
     def check(self, task: Task) -> None:
         """The task's items can be shared among clients: each is a tensor and a class."""
