@@ -1,4 +1,4 @@
-"""FedKNOW beside its reference: projection, distillation, PackNet, the integrator's step; averages, metrics, choices."""
+"""FedKNOW beside its reference: projection, distillation, PackNet, the whole step; averages, metrics, choices."""
 
 from __future__ import annotations
 
