@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from federated.fleets import plan, same, weights
 
+from federated.fleets import plan, same, weights
 from sparing.core import files
 from sparing.core.errors import InvalidValue
 from sparing.core.store import Progress

@@ -432,12 +432,12 @@ class FedProxClient(FedAvgClient):
 class EWCSettings(ClientSettings):
     """Those of :class:`EWCClient`."""
 
-    lam: float = 1000.0
+    penalty: float = 1000.0
     """λ, strength of the pull towards the weights at the end of earlier tasks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, lam=0)
+        _at_least(self, penalty=0)
 
 
 class EWCClient(ContinualClient):
@@ -459,7 +459,7 @@ class EWCClient(ContinualClient):
         now = trained_parameters(self.model)
         # up to a constant that no gradient sees
         parts = [(f * now[name].square() - 2 * self.pull[name] * now[name]).sum() for name, f in self.fisher.items()]
-        return self.settings.lam / 2 * torch.stack(parts).sum()
+        return self.settings.penalty / 2 * torch.stack(parts).sum()
 
     def train_round(self, weights: Mapping[str, Tensor], round: int) -> Update:
         """Train, and remember where it led."""
@@ -502,7 +502,7 @@ class EWCClient(ContinualClient):
 class GEMSettings(ClientSettings):
     """Those of :class:`GEMClient`."""
 
-    samples: int = 20
+    memory: int = 20
     """Kept of each task."""
     margin: float = MARGIN
     """Lower bound of the dual variables."""
@@ -515,7 +515,7 @@ class GEMSettings(ClientSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, samples=1, margin=0, eps=0, clip=0)
+        _at_least(self, memory=1, margin=0, eps=0, clip=0)
 
 
 class GEMClient(ContinualClient):
@@ -556,7 +556,7 @@ class GEMClient(ContinualClient):
         return {"qp_steps": float(self._solved)}
 
     def _keep(self, t: int) -> None:
-        chosen = torch.randperm(len(self._data))[: self.settings.samples].tolist()
+        chosen = torch.randperm(len(self._data))[: self.settings.memory].tolist()
         x, y = default_collate(items_of(self._data, chosen))
         self.memory[t] = x, y
 

@@ -31,7 +31,7 @@ ROWS = 2**20
 
 
 def distillation_loss(
-    student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float = TEMPERATURE
+    student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "..."], temperature: float = TEMPERATURE
 ) -> Float[Tensor, ""]:
     """−Σ softmax(teacher/T) · log softmax(student/T) over classes, averaged over the batch; without a factor T².
 
@@ -165,7 +165,7 @@ def _dual(
 
 def project_gradient(
     gradient: Float[Tensor, "p"],
-    memories: Float[Tensor, "p k"],
+    memories: Float[Tensor, "..."],
     margin: float = MARGIN,
     eps: float = EPS,
     eps_relative: bool = False,
@@ -210,7 +210,7 @@ def _moved(gradient: Tensor, memories: Tensor, v: np.ndarray) -> Tensor:
 
 def integrate_gradients(
     gradient: Float[Tensor, "p"],
-    memories: Float[Tensor, "p k"],
+    memories: Float[Tensor, "..."],
     margin: float = MARGIN,
     eps: float = EPS,
     eps_relative: bool = False,
@@ -256,7 +256,7 @@ DISTANCES: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def gradient_distances(
-    gradient: Float[Tensor, "p"], past: Float[Tensor, "n p"], metric: Metric = "wasserstein"
+    gradient: Float[Tensor, "p"], past: Float[Tensor, "..."], metric: Metric = "wasserstein"
 ) -> Float[Tensor, "n"]:
     """How far each of ``past`` (n, p) is from ``gradient`` (p,), float64.
 
@@ -271,7 +271,7 @@ def gradient_distances(
 
 
 def select_signature_tasks(
-    gradient: Float[Tensor, "p"], past: Float[Tensor, "n p"], k: int, metric: Metric = "wasserstein"
+    gradient: Float[Tensor, "p"], past: Float[Tensor, "..."], k: int, metric: Metric = "wasserstein"
 ) -> list[int]:
     """Positions of the k earlier tasks whose gradients are farthest from the current one, the farthest first.
 
