@@ -308,8 +308,8 @@ def measure_client_failures() -> list[Claim]:
     return [
         Claim(
             id="fedknow_client_failures",
-            statement="with one of ten clients killed in every round the run ends, each of them counted, within two points "
-            "of the accuracy of a run that nothing happened to",
+            statement="with one of ten clients killed in every round the run ends, each of them counted, within two "
+            "points of the accuracy of a run that nothing happened to",
             source=ISSUE,
             figure=100 * lost,
             unit="points of average accuracy lost",
@@ -351,8 +351,8 @@ def measure_overhead() -> list[Claim]:
     return [
         Claim(
             id="fedknow_overhead",
-            statement="the rounds of a simulation take at most 1.3 times as long as in one process on the same cores, its "
-            "start not counted",
+            statement="the rounds of a simulation take at most 1.3 times as long as in one process on the same cores, "
+            "its start not counted",
             source=ISSUE,
             figure=float(np.median(ratios)),
             unit="× one process's seconds",
@@ -366,7 +366,7 @@ def measure_overhead() -> list[Claim]:
             details={
                 "turns": TURNS,
                 "seconds": times,
-                "cores": "one thread a client; in one process clients take turns, in the simulation one runs on each core",
+                "cores": "a client has one thread; one process computes one at a time, the simulation one on each core",
             },
         )
     ]
