@@ -236,6 +236,46 @@ def test_a_fleet_learns_and_says_what_it_sent(tmp_path):
     )
 
 
+def test_slow_clients_are_left_out_and_counted(tmp_path):
+    with pytest.raises(InvalidValue, match=r"none of 3 clients answered rightly: client 0 slow"):
+        weights_after(Federate(**{**SMALL, "time_limit": 1e-9}), tmp_path=tmp_path)
+
+
+@step("one_dies_of_test")
+class OneDiesOfTest(Step):
+    """Puts a batch transform into the plan by which the client that draws a large number fails."""
+
+    stage = Stage.TRAINING
+    promises = frozenset({"training"})
+    source = "ours"
+
+    def apply(self, job):
+        """As said."""
+
+        def fails(batch):
+            if float(torch.rand(())) > 0.97:
+                raise RuntimeError("no more battery")
+            return batch
+
+        return job.replace(training=job.training.adding(batch_transforms=lambda: fails))
+
+
+def test_what_was_dropped_is_in_the_ledger(tmp_path):
+    run = sparing.run(
+        task=stream(),
+        model={"name": "mlp", "widths": [8]},
+        steps=[OneDiesOfTest(), Federate(**{**SMALL, "clients": 6, "samples_per_client": 100})],
+        meter=METER,
+        store=tmp_path,
+    )
+    row = run.ledger.rows[-1]
+    dropped = row.figures["updates dropped"].value
+    assert 0 < dropped < 24
+    assert row.figures["updates dropped: raised"].value == dropped
+    assert row.figures["updates averaged"].value == 24 - dropped
+    assert sum("RuntimeError: no more battery" in remark for remark in row.remarks) == dropped
+
+
 def test_local_clients_send_nothing_and_the_row_says_whose_it_is(tmp_path):
     run = sparing.run(
         task=stream(),

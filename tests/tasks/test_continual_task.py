@@ -42,6 +42,12 @@ def test_no_pixel_is_kept_twice(permuted):
     assert train.source.images.source is permuted.of.splits().train.source
 
 
+def test_a_permuted_image_has_a_place_for_messages(permuted):
+    source = permuted.splits().val.source
+    row = permuted.of.splits().val.rows[2]
+    assert source.where(7) == f"digits: record {row} under permutation 2"
+
+
 def test_classes_are_cut_into_blocks_and_stay_what_they_are():
     task = Continual(of="digits", stream="classes", tasks=5)
     assert task.class_blocks == (range(0, 2), range(2, 4), range(4, 6), range(6, 8), range(8, 10))

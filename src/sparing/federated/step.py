@@ -97,6 +97,8 @@ class Federate(Step):
     """Whether all clients learn the tasks in the same order, or each in one of its own."""
     weighting: Literal["examples", "equal"] = "examples"
     """What a client's weights count for in the average: its number of samples, or as much as any other's."""
+    time_limit: float | None = Field(default=None, gt=0)
+    """Seconds that a client may take for a round before it is left out of it; None: no limit."""
     rho: float = Field(default=0.1, gt=0, le=1)
     """Of FedKNOW: share of the weights that are kept of a task."""
     k: int = Field(default=10, ge=1)
@@ -283,6 +285,7 @@ class Federate(Step):
             fraction=self.fraction,
             weighting=self.weighting,
             orders=self.orders(len(blocks), seed),
+            time_limit=self.time_limit,
         )
 
     def report(self, job: Job, record: Mapping[str, Any], clocks: Mapping[str, Any]) -> None:
