@@ -34,6 +34,15 @@ SMALL_CLASSIFIER = (
     "steps.classifier.devices=1",
     "steps.classifier.workers=0",
 )
+SMALL_FLEET = (
+    "task.of={name: fashion_mnist, train_limit: 600, test_limit: 100}",
+    "task.tasks=2",
+    "model.widths=[8]",
+    "steps.federate.rounds_per_task=2",
+    "steps.federate.local_epochs=1",
+    "steps.federate.samples_per_client=20",
+    "steps.federate.engine=inprocess",
+)
 SMALL: dict[str, tuple[str, ...]] = {
     "dd_backdoor": (
         "task.train_limit=600",
@@ -234,6 +243,16 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.train.max_steps=1",
         "steps.train.workers=0",
     ),
+    "full/ma_snn_imagenet": (
+        "task.size=64",
+        "task.resize=72",
+        "model.depth=18",
+        "steps.train.max_steps=1",
+        "steps.train.batch_size=4",
+        "steps.train.precision=32-true",
+        "steps.train.devices=1",
+        "steps.train.workers=0",
+    ),
     "labels_few": (
         "steps.teacher.max_steps=1",
         "steps.student.max_steps=1",
@@ -315,6 +334,21 @@ SMALL: dict[str, tuple[str, ...]] = {
         "steps.train.accumulate=1",
         "steps.train.devices=1",
         "steps.train.workers=0",
+    ),
+    "fedknow": (*SMALL_FLEET, "steps.federate.clients=2"),
+    "fleet": (*SMALL_FLEET, "steps.federate.clients=4", "steps.int8.max_loss=1", "steps.int8.samples=16"),
+    "full/fedknow": (
+        "task.of=digits",
+        "task.tasks=2",
+        "model.width=2",
+        "model.hidden=8",
+        "steps.federate.clients=2",
+        "steps.federate.fraction=0.5",
+        "steps.federate.rounds_per_task=1",
+        "steps.federate.local_epochs=2",
+        "steps.federate.samples_per_client=20",
+        "steps.federate.settings={head_epochs: 1}",
+        "steps.federate.engine=inprocess",
     ),
     "predictive_exit": (
         "task.train_limit=600",

@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from sparing.data.events.simulator import EventSimulator
     from sparing.data.events.stream import EventRecordings, EventStream
     from sparing.data.feature_map import FeatureMap
+    from sparing.data.partition import dirichlet_partition, iid_partition, label_shard_partition
     from sparing.data.wordpiece import WordPiece, train_wordpiece
     from sparing.data_efficiency.analysis import DataAnalyzer
     from sparing.data_efficiency.callbacks import CurriculumCallback, TokenCount, TokenDroppingCallback, TokenLRCallback
@@ -102,6 +103,8 @@ if TYPE_CHECKING:
     from sparing.engine.compiler import compile_encoder
     from sparing.engine.runtime import Engine
     from sparing.engine.tuner import tune_production
+    from sparing.federated.metrics import ContinualMetrics
+    from sparing.federated.step import Federate
     from sparing.models.bert import from_transformers
     from sparing.models.ctr import without_zero_rows
     from sparing.models.mae import MAE, ViTConfig, load_vit, mae_loss, save_vit, sincos_2d
@@ -125,6 +128,7 @@ if TYPE_CHECKING:
     from sparing.optimization.schedules import WarmupCosine
     from sparing.optimization.weight_norm import WeightNormalization, bake, unit_direction, weight_normalize
     from sparing.optimization.weight_norm_lightning import Reparametrization
+    from sparing.tasks.continual import Continual
     from sparing.tasks.ctr import ClickThrough
     from sparing.tasks.ctr.estimator import CTRClassifier
     from sparing.tasks.custom import CustomTask
@@ -215,6 +219,7 @@ _HOMES = {
     "sparing.data.events.simulator": ("EventSimulator",),
     "sparing.data.events.stream": ("EventRecordings", "EventStream"),
     "sparing.data.feature_map": ("FeatureMap",),
+    "sparing.data.partition": ("dirichlet_partition", "iid_partition", "label_shard_partition"),
     "sparing.data.wordpiece": ("WordPiece", "train_wordpiece"),
     "sparing.data_efficiency.analysis": ("DataAnalyzer",),
     "sparing.data_efficiency.callbacks": (
@@ -254,6 +259,8 @@ _HOMES = {
     "sparing.engine.compiler": ("compile_encoder",),
     "sparing.engine.runtime": ("Engine",),
     "sparing.engine.tuner": ("tune_production",),
+    "sparing.federated.metrics": ("ContinualMetrics",),
+    "sparing.federated.step": ("Federate",),
     "sparing.models.bert": ("from_transformers",),
     "sparing.models.ctr": ("without_zero_rows",),
     "sparing.models.mae": ("MAE", "ViTConfig", "load_vit", "mae_loss", "save_vit", "sincos_2d"),
@@ -277,6 +284,7 @@ _HOMES = {
     "sparing.optimization.schedules": ("WarmupCosine",),
     "sparing.optimization.weight_norm": ("WeightNormalization", "bake", "unit_direction", "weight_normalize"),
     "sparing.optimization.weight_norm_lightning": ("Reparametrization",),
+    "sparing.tasks.continual": ("Continual",),
     "sparing.tasks.ctr": ("ClickThrough",),
     "sparing.tasks.ctr.estimator": ("CTRClassifier",),
     "sparing.tasks.custom": ("CustomTask",),
@@ -320,6 +328,8 @@ __all__ = [
     "CondensationBackdoor",
     "Condense",
     "ConfidenceRule",
+    "Continual",
+    "ContinualMetrics",
     "CoresetSelector",
     "CorruptFile",
     "CostModel",
@@ -356,6 +366,7 @@ __all__ = [
     "Export",
     "FairDistiller",
     "FeatureMap",
+    "Federate",
     "FineTune",
     "GestureSNN",
     "GraphAKD",
@@ -455,6 +466,7 @@ __all__ = [
     "delta_eo",
     "delta_sp",
     "detect_blocks",
+    "dirichlet_partition",
     "distill_blocks",
     "drop_tokens",
     "equal_opportunity_loss",
@@ -463,6 +475,8 @@ __all__ = [
     "feature_smooth_l1",
     "from_transformers",
     "hessian_trace",
+    "iid_partition",
+    "label_shard_partition",
     "layer_decay_groups",
     "leap_factor",
     "load",

@@ -27,6 +27,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.tasks.images.published:CIFAR10",
             "CIFAR-10: colour images of animals and vehicles, 32×32, 10 classes (Krizhevsky 2009).",
         ),
+        "cifar100": Part(
+            "sparing.tasks.images.published:CIFAR100",
+            "CIFAR-100: colour images of animals, plants, things and people, 32×32, 100 classes (Krizhevsky 2009).",
+        ),
         "image_folder": Part(
             "sparing.tasks.images.folder:ImageFolder",
             "Your own images: a folder (or zip file) of class sub-folders, with or without train/val/test above them.",
@@ -161,6 +165,11 @@ PARTS: dict[str, dict[str, Part]] = {
             'Your own corpus for language modelling: text files, or JSONL with the key "text", as characters or byte '
             "pairs.",
         ),
+        "continual": Part(
+            "sparing.tasks.continual:Continual",
+            "Several tasks in a row for one model: a set of images under permutations of pixels, or its classes in "
+            "blocks.",
+        ),
         "digits": Part(
             "sparing.tasks.images.digits:Digits", "Handwritten digits of 8×8 pixels, embedded in scikit-learn."
         ),
@@ -230,6 +239,11 @@ PARTS: dict[str, dict[str, Part]] = {
         "export": Part(
             "sparing.core.export:Export",
             "Write the model for another runtime: an ONNX graph, or a ``torch.export`` file beside the model.",
+        ),
+        "federate": Part(
+            "sparing.federated.step:Federate",
+            "Let a fleet train the model: clients learn on their own data, task after task, and a server averages "
+            "weights.",
         ),
         "group_ftrl": Part(
             "sparing.optimization.ftrl:GroupFtrl",
@@ -304,6 +318,10 @@ PARTS: dict[str, dict[str, Part]] = {
             "sparing.models.blocknet:BlockNet",
             "Convolutional network of equal blocks, which gradients are matched on (Zhao et al. 2021, "
             "arXiv:2006.05929).",
+        ),
+        "cnn6": Part(
+            "sparing.models.blocknet:SixLayerCNN",
+            "Six-layer network of FedKNOW: three pairs of 3×3 convolutions, max pooling after each, two linear layers.",
         ),
         "convnet": Part(
             "sparing.models.convnet:ConvNet",

@@ -196,7 +196,7 @@ def test_data_list_and_check(tmp_path: Path, photos: Path, capfd: pytest.Capture
     assert main(["data", "list", "--data", str(tmp_path), "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
     present = {line["name"]: line["present"] for line in document["data"]}
-    names = ("fashion_mnist", "cifar10", "cora", "citeseer", "mutag", "nci1", "proteins", "dd")
+    names = ("fashion_mnist", "cifar10", "cifar100", "cora", "citeseer", "mutag", "nci1", "proteins", "dd")
     names += ("recidivism", "credit_default", "german_credit")
     names += ("sst2", "ag_news", "trec", "hflights", "squad", "tiny_shakespeare", "us_addresses")
     assert present == dict.fromkeys(names, False)

@@ -337,6 +337,19 @@ STEPS = {
         task=partial(clicks, EmptyRows),
         nothing=StepCase(sparing.DropZeroRows(), before=(TRAIN,), task=clicks, nothing="is the case"),
     ),
+    "federate": StepCase(
+        sparing.Federate(
+            clients=3,
+            rounds_per_task=2,
+            fraction=0.6,
+            local_epochs=1,
+            batch_size=8,
+            lr=0.01,
+            classes_per_client=2,
+            engine="inprocess",
+        ),
+        nothing="training moves the weights",
+    ),
     "rpgd": StepCase(
         sparing.Rpgd(momentum=0.9, freeze_g_steps=2, g_shrink=0.5),
         after=(PLAIN,),
@@ -462,6 +475,19 @@ def image_folder(place: Path) -> Path:
     return place
 
 
+def cifar100_files(place: Path) -> Path:
+    """A data folder with CIFAR-100's two binary files: of each class sixteen images to train on and two to test."""
+    folder = place / "cifar100" / "cifar-100-binary"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        for seed, (name, count) in enumerate({"train.bin": 1600, "test.bin": 200}.items()):
+            records = np.random.RandomState(seed).randint(0, 256, (count, 2 + 3072)).astype(np.uint8)
+            records[:, 1] = np.arange(count) % 100
+            records[:, 0] = records[:, 1] // 5
+            (folder / name).write_bytes(records.tobytes())
+    return place
+
+
 def text_table(place: Path) -> Path:
     """A CSV file of a few texts."""
     path = place / "texts.csv"
@@ -513,10 +539,12 @@ NARROW_BACKBONE = {"name": "mobilenet", "widths": [4, 6, 8, 8], "depths": [1, 1,
 
 TASKS = {
     "digits": lambda data, scratch: TaskCase(Digits),
+    "continual": lambda data, scratch: TaskCase(lambda: registered_task("continual", of="digits", tasks=3)),
     "cora": lambda data, scratch: TaskCase(lambda: registered_task("cora"), data),
     "citeseer": lambda data, scratch: TaskCase(lambda: registered_task("citeseer"), data),
     "fashion_mnist": lambda data, scratch: TaskCase(lambda: registered_task("fashion_mnist"), data),
     "cifar10": lambda data, scratch: TaskCase(lambda: registered_task("cifar10"), data),
+    "cifar100": lambda data, scratch: TaskCase(lambda: registered_task("cifar100"), cifar100_files(scratch)),
     "sign_digits": lambda data, scratch: TaskCase(lambda: registered_task("sign_digits"), data),
     "recidivism": lambda data, scratch: TaskCase(lambda: registered_task("recidivism"), data),
     "credit_default": lambda data, scratch: TaskCase(lambda: registered_task("credit_default"), data),
@@ -613,6 +641,7 @@ MODELS = {
     "alexnet": ModelCase("alexnet", Digits),
     "bert": ModelCase("bert", few_texts, SMALL_BERT),
     "blocknet": ModelCase("blocknet", Digits, {"width": 4, "depth": 2}),
+    "cnn6": ModelCase("cnn6", Digits, {"width": 2, "hidden": 8}),
     "convnet": ModelCase("convnet", Digits, {"widths": [4, 8]}),
     "emo": ModelCase("emo", small_photos, {"variant": "0.14M", "num_classes": 3, "image_size": 16, **NARROW}),
     "gat": ModelCase("gat", TinyGraph, {"hidden": 4, "heads": 2}, apart=False),

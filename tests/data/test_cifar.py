@@ -1,4 +1,4 @@
-"""CIFAR-10 in both forms, and what can be wrong with either."""
+"""CIFAR-10 in both forms, CIFAR-100, and what can be wrong with any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparing.core.errors import DataError, SparingError
-from sparing.data.cifar import RECORD, batch_names, read_cifar10, read_cifar_archive, read_cifar_binary, read_cifar_npz
+from sparing.data.cifar import (
+    CIFAR100_LABELS,
+    RECORD,
+    batch_names,
+    read_cifar10,
+    read_cifar100,
+    read_cifar_archive,
+    read_cifar_binary,
+    read_cifar_npz,
+)
 
 RNG = np.random.RandomState(0)
 
@@ -158,3 +167,47 @@ def test_the_real_npz(data_root: Path) -> None:
     images, labels = read_cifar10(data_root, train=True, limit=200)
     assert images.shape == (200, 32, 32, 3)
     assert np.bincount(labels).tolist() == [20] * 10
+
+
+def records_100(labels: list[int]) -> bytes:
+    """Records with a superclass, which says nothing, before each class."""
+    return b"".join(bytes([7, label]) + RNG.randint(0, 256, 3072).astype(np.uint8).tobytes() for label in labels)
+
+
+def test_the_second_label_of_cifar100_is_the_class(tmp_path: Path) -> None:
+    assert len(set(CIFAR100_LABELS)) == 100
+    assert list(CIFAR100_LABELS) == sorted(CIFAR100_LABELS)
+    content = bytearray(records_100([3, 99]))
+    content[RECORD + 1 + 2 + 2048 + 5 * 32 + 7] = 201  # second record, blue plane, row 5, column 7
+    folder = tmp_path / "cifar100" / "cifar-100-binary"
+    folder.mkdir(parents=True)
+    (folder / "train.bin").write_bytes(content)
+    images, labels = read_cifar100(tmp_path, True)
+    assert labels.tolist() == [3, 99]
+    assert images[1, 5, 7, 2] == 201
+    assert len(read_cifar100(tmp_path, True, limit=1)[0]) == 1
+    with pytest.raises(DataError, match=r"no CIFAR-100 in .*test\.bin(.|\n)*168513733 bytes"):
+        read_cifar100(tmp_path, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (records_100([1])[:-1], r"3073 bytes end inside record 0; .* 3074 bytes \(two labels"),
+        (records_100([1, 100]), r"record 1 has the label 100; 0…99 is expected"),
+    ],
+    ids=["cut off", "no class"],
+)
+def test_wrong_files_of_cifar100_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "train.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_cifar_binary(path, classes=100)
+
+
+def test_another_archive_of_cifar100_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "cifar100" / "cifar-100-binary.tar.gz"
+    path.parent.mkdir()
+    path.write_bytes(b"not it")
+    with pytest.raises(DataError, match="is not the published archive: 168513733 bytes"):
+        read_cifar100(tmp_path, True)

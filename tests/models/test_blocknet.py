@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparing.core.errors import InvalidValue
-from sparing.models.blocknet import VGG11, AlexNet, BlockNet, LeNet
+from sparing.models.blocknet import VGG11, AlexNet, BlockNet, LeNet, SixLayerCNN
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch", "none"])
@@ -102,3 +102,17 @@ def test_impossible_networks_are_refused(fields: dict[str, Any], message: str) -
 def test_a_wrong_input_names_both_shapes(kind: Any) -> None:
     with pytest.raises(InvalidValue, match=r"\(2, 1, 16, 16\); \(N, 3, 32, 32\)"):
         kind(3, 10, 32)(torch.zeros(2, 1, 16, 16))
+
+
+def test_the_six_layer_network_is_that_of_fedknow():
+    model = SixLayerCNN()
+    widths = [module.out_channels for module in model.features if isinstance(module, nn.Conv2d)]
+    assert widths == [32, 32, 64, 64, 128, 128]
+    assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.25, 0.25, 0.25, 0.5]
+    linear = [module for module in model.classifier if isinstance(module, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(2048, 1024), (1024, 100)]
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+    with pytest.raises(InvalidValue, match="image_size = 7"):
+        SixLayerCNN(image_size=7)
+    with pytest.raises(InvalidValue, match=r"dropout = 0\.5"):
+        SixLayerCNN(dropout=0.5)

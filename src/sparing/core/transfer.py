@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparing.core import registry
-from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError
+from sparing.core.errors import IncompatibleStep, InvalidValue, NoEffect, SparingError, shown
 from sparing.core.step import Stage, Step, step
 from sparing.core.task import Task
 
@@ -116,6 +117,28 @@ def _new_head(model: nn.Module, old_labels: int, new_labels: int) -> tuple[nn.Mo
     return model, [name]
 
 
+def named_task(wanted: str | Mapping[str, Any] | Task, where: str) -> Task:
+    """The task that a field called ``where`` names: a task, a registered one's name, or {name: …, field: value}.
+
+    Raises :class:`InvalidValue` when it cannot be made, and what the task itself raises.
+    """
+    if isinstance(wanted, Task):
+        return wanted
+    named: Mapping[str, Any] = {"name": wanted} if isinstance(wanted, str) else wanted
+    if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
+        raise InvalidValue(
+            f"{where} = {shown(wanted)}: a registered task's name is needed, for example {{name: digits}}"
+        )
+    fields = {key: value for key, value in named.items() if key != "name"}
+    made = registry.resolve("tasks", named["name"])
+    try:
+        return made(**fields)
+    except SparingError:
+        raise
+    except TypeError as error:
+        raise InvalidValue(f"{where} = {named['name']!r} cannot be made with {fields}: {error}") from error
+
+
 @step("transfer")
 class Transfer(Step):
     """Go on with another task and its data; the model stays, but for a head that does not fit.
@@ -144,19 +167,7 @@ class Transfer(Step):
 
     @cached_property
     def _target(self) -> Task:
-        if isinstance(self.task, Task):
-            return self.task
-        named = {"name": self.task} if isinstance(self.task, str) else self.task
-        if not isinstance(named.get("name"), str):
-            raise InvalidValue(f"task = {named}: a registered task's name is needed, for example {{name: digits}}")
-        fields = {key: value for key, value in named.items() if key != "name"}
-        made = registry.resolve("tasks", named["name"])
-        try:
-            return made(**fields)
-        except SparingError:
-            raise
-        except TypeError as error:
-            raise InvalidValue(f"task = {named['name']!r} cannot be made with {fields}: {error}") from error
+        return named_task(self.task, "task")
 
     def target_task(self) -> Task:
         """The task this step changes the job to."""

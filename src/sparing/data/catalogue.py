@@ -12,7 +12,7 @@ import numpy as np
 
 from sparing.core.errors import SparingError, UnknownName, did_you_mean
 from sparing.core.files import sha256_of
-from sparing.data.cifar import CIFAR10, read_cifar10
+from sparing.data.cifar import CIFAR10, CIFAR100, read_cifar10, read_cifar100
 from sparing.data.hflights import HFLIGHTS
 from sparing.data.hflights import split_of as flights_of
 from sparing.data.idx import FASHION_MNIST, read_fashion_mnist
@@ -33,6 +33,7 @@ numbers)."""
 READERS: dict[str, tuple[Source, Reader]] = {
     FASHION_MNIST.name: (FASHION_MNIST, read_fashion_mnist),
     CIFAR10.name: (CIFAR10, read_cifar10),
+    CIFAR100.name: (CIFAR100, read_cifar100),
     **{graph.source.name: (graph.source, partial(split_of, graph.source.name)) for graph in (CORA, CITESEER)},
     **{name: (tu.source, partial(tu_split_of, name)) for name, tu in TU_SETS.items()},
     **{name: (table.source, partial(table_split_of, name)) for name, table in TABLES.items()},

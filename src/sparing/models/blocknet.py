@@ -216,3 +216,48 @@ class VGG11(_Embedding):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels * size * size, num_classes)
+
+
+class SixLayerCNN(_Embedding):
+    """Six-layer network of FedKNOW: three pairs of 3×3 convolutions, max pooling after each, two linear layers.
+
+    The network for CIFAR-100 of Luopan et al. 2023, arXiv:2212.01738: each convolution is followed by ReLU, each pool
+    and the hidden linear layer by dropout.
+
+    Shapes: (N, in_channels, image_size, image_size) → logits (N, num_classes).
+
+    Args:
+        in_channels: channels of an image.
+        num_classes: number of logits.
+        image_size: height and width in pixels, at least 8.
+        width: channels of the first pair; the others have 2 and 4 times as many.
+        hidden: units of the hidden linear layer.
+        dropout: share of channels' values dropped after each pool in training; of hidden units twice as many.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        num_classes: int = 100,
+        image_size: int = 32,
+        width: int = 32,
+        hidden: int = 1024,
+        dropout: float = 0.25,
+    ) -> None:
+        whole("cnn6", in_channels=in_channels, num_classes=num_classes, width=width, hidden=hidden)
+        whole("cnn6", 8, image_size=image_size)
+        if not 0 <= dropout < 0.5:
+            raise InvalidValue(f"cnn6: dropout = {dropout!r}; 0 ≤ dropout < 0.5 is expected")
+        super().__init__(in_channels, image_size)
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for wide in (width, 2 * width, 4 * width):
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, wide, 3, padding=1), nn.ReLU()]
+                channels = wide
+            layers += [nn.MaxPool2d(2), nn.Dropout(dropout)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            *(nn.Linear(channels * (image_size // 8) ** 2, hidden), nn.ReLU(), nn.Dropout(2 * dropout)),
+            nn.Linear(hidden, num_classes),
+        )

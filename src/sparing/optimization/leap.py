@@ -347,6 +347,10 @@ class LEAP(Optimizer):
         device = parameter.device
         return torch.randn(shape, generator=self._generator(device), dtype=dtype, device=device)
 
+    def reseed(self, seed: int) -> None:
+        """Draw from here on what a generator with this seed gives: clients of a fleet have noise of their own."""
+        self._seed, self._generators, self._saved = seed, {}, []
+
     def _generator(self, device: torch.device) -> torch.Generator:
         """The generator of a device. They count in the order of first use: the same on every process."""
         if device not in self._generators:

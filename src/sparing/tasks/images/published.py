@@ -10,7 +10,7 @@ import numpy as np
 
 from sparing.core.errors import InvalidValue
 from sparing.core.task import Splits
-from sparing.data.cifar import CIFAR10_LABELS, read_cifar10
+from sparing.data.cifar import CIFAR10_LABELS, CIFAR100_LABELS, read_cifar10, read_cifar100
 from sparing.data.idx import FASHION_MNIST_LABELS, read_fashion_mnist
 from sparing.data.images import ArrayImages, LabelledImages, stratified_cut
 from sparing.data.root import data_root
@@ -92,3 +92,21 @@ class CIFAR10(_Published):
     def read(self, root: Path | None) -> Splits:
         """Both official splits, validation and calibration cut from the training part."""
         return self._cut(lambda train, limit: read_cifar10(data_root(root), train, limit))
+
+
+class CIFAR100(_Published):
+    """CIFAR-100: colour images of animals, plants, things and people, 32×32, 100 classes (Krizhevsky 2009).
+
+    Read from the official binary files or archive (``cifar100/`` under the data root).
+    """
+
+    name = "cifar100"
+    labels = CIFAR100_LABELS
+    in_channels = 3
+    image_size = 32
+    normalisation = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    model: Mapping[str, Any] = {"widths": [64, 128, 256, 512], "depths": [1, 1, 2, 1]}
+
+    def read(self, root: Path | None) -> Splits:
+        """Both official splits, validation and calibration cut from the training part."""
+        return self._cut(lambda train, limit: read_cifar100(data_root(root), train, limit))
