@@ -87,12 +87,6 @@ def test_three_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
             stack, "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link),
             "--disable-runtime-dependency-installation",
         )  # fmt: skip
-        for number in range(2):
-            start(
-                stack, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--host", "127.0.0.1",
-                "--port", str(free_port()), "--node-config",
-                f'partition-id={number} num-partitions=2 folder="{tmp_path}/node{number}"',
-            )  # fmt: skip
         deadline = time.monotonic() + 60
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", link), 1):
@@ -100,6 +94,12 @@ def test_three_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, log.read_text()
             assert started.poll() is None, log.read_text()
             time.sleep(0.2)
+        for number in range(2):
+            start(
+                stack, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--host", "127.0.0.1",
+                "--port", str(free_port()), "--node-config",
+                f'partition-id={number} num-partitions=2 folder="{tmp_path}/node{number}"',
+            )  # fmt: skip
         told = f'recipe="{recipe}" store="{store}" out="{tmp_path}/out" patience=300'
         asked = start(stack, "flwr", "run", str(tmp_path / "app"), "here", "--run-config", told)
         assert asked.wait(120) == 0, log.read_text()

@@ -30,6 +30,8 @@ _PROJECT = """\
 [project]
 name = "sparing-fleet"
 version = "1.0.0"
+description = "A fleet of Sparing"
+license = "Apache-2.0"
 
 [tool.flwr.app]
 publisher = "sparing"
