@@ -33,8 +33,10 @@ def test_the_average_weighs_by_examples_and_rounds_integers() -> None:
     other["seen"] += 2
     updates = [Update(one, 30, {}), Update(other, 10, {})]
     mean = average(updates)
-    assert torch.equal(mean["layer.weight"], torch.full((4, 3), 0.75)) and mean["layer.weight"].dtype == torch.float32
-    assert mean["seen"].item() == 1 and mean["seen"].dtype == torch.int64  # 1.25
+    assert torch.equal(mean["layer.weight"], torch.full((4, 3), 0.75))
+    assert mean["layer.weight"].dtype == torch.float32
+    assert mean["seen"].item() == 1
+    assert mean["seen"].dtype == torch.int64
     assert torch.equal(average(updates, "equal")["layer.weight"], torch.full((4, 3), 0.5))
     with pytest.raises(NoUpdate, match="no update"):
         average([])
@@ -43,7 +45,8 @@ def test_the_average_weighs_by_examples_and_rounds_integers() -> None:
 def test_a_fraction_of_the_clients_is_drawn_anew_each_round() -> None:
     drawn = [sampled(plan(clients=30, fraction=0.1), number) for number in range(20)]
     assert all(len(set(each)) == 3 and list(each) == sorted(each) for each in drawn)
-    assert len(set(drawn)) > 10 and drawn == [sampled(plan(clients=30, fraction=0.1), number) for number in range(20)]
+    assert len(set(drawn)) > 10
+    assert drawn == [sampled(plan(clients=30, fraction=0.1), number) for number in range(20)]
     assert sampled(plan(fraction=0.34), 0) != sampled(plan(fraction=0.01), 0)  # two of three, and one of three
     assert sampled(plan(), 3) == (0, 1, 2)
 
@@ -70,15 +73,23 @@ def test_a_senseless_plan_is_refused(wrong: dict[str, object]) -> None:
 
 def test_a_run_counts_rounds_bytes_and_metrics() -> None:
     ends = []
-    result = run_federated(plan(), on_task_end=lambda t, mean, local: ends.append((t, mean["seen"].item())) or t)
-    assert [report.round for report in result.rounds] == [0, 1, 2, 3] and result.figures == (0, 1)
-    assert [t for t, _ in ends] == [0, 1]
+
+    def note(t: int, *_: object) -> int:
+        ends.append(t)
+        return t
+
+    result = run_federated(plan(), on_task_end=note)
+    assert [report.round for report in result.rounds] == [0, 1, 2, 3]
+    assert result.figures == (0, 1)
+    assert ends == [0, 1]
     # shares 10, 20, 30 of 60: (1·1 + 2·2 + 3·3)/6 = 2.33 a round, rounded each time
     assert result.weights["seen"].item() == 8
     shared = sum(tensor.nbytes for tensor in weights().values())
     for report in result.rounds:
-        assert report.averaged == report.asked == (0, 1, 2) and not report.dropped
-        assert 3 * shared < report.bytes_down < 3 * (shared + 600) and 3 * shared < report.bytes_up < 3 * (shared + 700)
+        assert report.averaged == report.asked == (0, 1, 2)
+        assert not report.dropped
+        assert 3 * shared < report.bytes_down < 3 * (shared + 600)
+        assert 3 * shared < report.bytes_up < 3 * (shared + 700)
         assert {found["steps"] for found in report.metrics.values()} == {1.0}
     assert result.total("steps") == 12.0
     assert [report.metrics[0]["ended"] for report in result.rounds] == [0.0, 0.0, 1.0, 1.0]
@@ -88,7 +99,8 @@ def test_a_run_counts_rounds_bytes_and_metrics() -> None:
 
 def test_each_client_may_meet_the_tasks_in_its_own_order() -> None:
     own = plan(orders=((1, 0), (0, 1), (1, 0)))
-    assert own.stream(0, 0)[1] == range(2, 4) and own.stream(1, 0)[1] == range(2)
+    assert own.stream(0, 0)[1] == range(2, 4)
+    assert own.stream(1, 0)[1] == range(2)
     assert own.stream(2, 0)[0].tolist() == [12.0] * 3
     assert not same(run_federated(own).weights, run_federated(plan()).weights)
 
@@ -108,8 +120,10 @@ def test_a_client_that_fails_is_left_out_with_its_reason_and_the_run_goes_on(
 ) -> None:
     result = run_federated(plan({1: {1: fault}}))
     report = result.rounds[1]
-    assert report.averaged == (0, 2) and [(each.client, each.reason) for each in report.dropped] == [(1, reason)]
-    assert detail in report.dropped[0].detail and result.dropped == {reason: 1}
+    assert report.averaged == (0, 2)
+    assert [(each.client, each.reason) for each in report.dropped] == [(1, reason)]
+    assert detail in report.dropped[0].detail
+    assert result.dropped == {reason: 1}
     assert all(each.averaged == (0, 1, 2) for each in (result.rounds[0], *result.rounds[2:]))
     # the round never happened for that client: however it failed, it goes on from the state before
     assert same(result.weights, run_federated(plan({1: {1: "raise"}})).weights)
@@ -118,7 +132,8 @@ def test_a_client_that_fails_is_left_out_with_its_reason_and_the_run_goes_on(
 
 def test_a_client_over_the_time_limit_is_left_out() -> None:
     result = run_federated(plan({0: {0: "slow"}}, time_limit=2.0, rounds_per_task=1))
-    assert result.dropped == {"slow": 1} and "the limit is 2 s" in result.rounds[0].dropped[0].detail
+    assert result.dropped == {"slow": 1}
+    assert "the limit is 2 s" in result.rounds[0].dropped[0].detail
 
 
 def test_a_round_in_which_nobody_answers_rightly_is_an_error() -> None:
@@ -128,8 +143,10 @@ def test_a_round_in_which_nobody_answers_rightly_is_an_error() -> None:
 
 def test_clients_that_share_nothing_keep_their_own_weights_and_send_none() -> None:
     result = run_federated(plan({client: {-1: "local"} for client in range(3)}))
-    assert same(result.weights, weights()) and sorted(result.local) == [0, 1, 2]
-    assert not same(result.local[0], result.local[1]) and result.bytes_down == result.bytes_up == 0
+    assert same(result.weights, weights())
+    assert sorted(result.local) == [0, 1, 2]
+    assert not same(result.local[0], result.local[1])
+    assert result.bytes_down == result.bytes_up == 0
 
 
 def test_updates_are_checked_before_they_count() -> None:
@@ -140,7 +157,8 @@ def test_updates_are_checked_before_they_count() -> None:
 def test_a_message_survives_as_bytes_and_a_broken_one_is_refused() -> None:
     sent = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
     facts, found = unpack(pack({"round": 3}, sent))
-    assert facts == {"round": 3} and same(found, sent)
+    assert facts == {"round": 3}
+    assert same(found, sent)
     for broken in (b"", b"\x03", pack({}, sent)[:-5]):
         with pytest.raises(files.CorruptFile, match="cannot be read"):
             unpack(broken)
@@ -150,7 +168,8 @@ def test_a_client_keeps_the_states_the_server_may_ask_for(tmp_path: Path) -> Non
     shelf = FolderShelf(tmp_path)
     for number, since in [(0, -1), (1, 0), (2, 1), (3, 1), (5, 3)]:
         shelf.keep(number, {"x": torch.tensor(number)}, since)
-    assert shelf.rounds() == [1, 3, 5] and shelf.get(3)["x"].item() == 3
+    assert shelf.rounds() == [1, 3, 5]
+    assert shelf.get(3)["x"].item() == 3
 
 
 @pytest.mark.parametrize("moment", [1, 5, 8, 13, 22, 40, 44], ids=lambda moment: f"write-{moment}")
@@ -196,4 +215,5 @@ def test_a_run_goes_on_from_the_state_before_when_the_last_is_damaged(tmp_path: 
     newest = max((tmp_path / "progress").glob("*.state"))
     newest.write_bytes(newest.read_bytes()[:-9])
     again = run_federated(plan(), keeper=Progress(tmp_path / "progress"), on_task_end=lambda t, *_: t)
-    assert same(again.weights, whole.weights) and again.figures == (0, 1)
+    assert same(again.weights, whole.weights)
+    assert again.figures == (0, 1)
