@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,36 @@ def test_labels_are_read_where_a_data_set_does_not_tell_them():
         class_labels([(torch.zeros(1), 2), (torch.zeros(1), torch.tensor([0.5, 0.5]))])
     with pytest.raises(DataError, match="sample 0 has no class"):
         class_labels([torch.zeros(())])
+
+
+def test_a_fleet_travels_to_other_processes():
+    task = stream()
+    model = build_model("mlp", task, widths=[8])
+    plan = TrainingPlan().adding(wrap_optimizer=lambda optimizer: sparing.LEAP(optimizer, rho=0.5, generator=7))
+    federate = Federate(**{**SMALL, "local_epochs": (1, 3)})
+    fleet = federate.fleet(model, task.splits().train, blocks_of(task), plan, seed=0)
+    again = cloudpickle.loads(cloudpickle.dumps(fleet))
+    updates = []
+    for each in (fleet, again):
+        client = each.make_client(1)
+        client.start_task(0, *each.stream(1, 0))
+        updates.append(client.train_round(each.weights, 0))
+    assert updates[0].metrics["steps"] == 3 * -(-len(fleet.data_of(1, 0)) // 16)
+    assert all(torch.equal(updates[0].weights[name], updates[1].weights[name]) for name in fleet.weights)
+
+
+def test_a_plain_task_is_an_ordinary_fleet(tmp_path):
+    run = sparing.run(
+        task=tiny_task(),
+        steps=[Federate(**{**SMALL, "method": "fedavg", "classes_per_client": 2, "rounds_per_task": 2})],
+        meter=METER,
+        store=tmp_path,
+    )
+    row = run.ledger.rows[0]
+    assert row.figures["rounds"].value == 2
+    assert "validation accuracy" in row.figures
+    assert not any("forgetting" in name for name in row.figures)
+    assert len(row.curves["validation accuracy"]) == 1
 
 
 # --- the training plan
@@ -286,7 +317,7 @@ def test_local_clients_send_nothing_and_the_row_says_whose_it_is(tmp_path):
     )
     row = run.ledger.rows[0]
     assert row.figures["bytes to clients"].value == row.figures["bytes from clients"].value == 0
-    assert any("that of the first client" in remark for remark in row.remarks)
+    assert any("that of client 1" in remark for remark in row.remarks)
 
 
 def test_before_it_augment_and_leap_after_it_distil_shrink_and_quantize(tmp_path):

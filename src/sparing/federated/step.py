@@ -292,9 +292,13 @@ class Federate(Step):
         """Tell the ledger what the fleet learnt and forgot, sent, and lost."""
         from sparing.federated.metrics import ContinualMetrics
 
-        found, tasks = ContinualMetrics(record["accuracy"]), len(record["accuracy"])
-        job.record("validation average accuracy", float(found.average_accuracy[-1]), "", better="higher")
-        if tasks > 1:
+        tasks = len(record["accuracy"])
+        if tasks == 1:
+            headline = job.task.headline
+            job.record(f"validation {headline.name}", record["accuracy"][0][0], headline.unit, better=headline.better)
+        else:
+            found = ContinualMetrics(record["accuracy"])
+            job.record("validation average accuracy", float(found.average_accuracy[-1]), "", better="higher")
             job.record("validation forgetting", float(found.forgetting[-1]), "")
             job.record("validation forgetting rate", float(found.forgetting_rate[-1]), "")
             job.record("validation backward transfer", found.backward_transfer, "", better="higher")
@@ -307,7 +311,8 @@ class Federate(Step):
         ends = [(number + 1) * self.rounds_per_task for number in range(tasks)]
         for task in range(tasks):
             points = [(float(x), row[task]) for x, row in zip(ends, record["accuracy"], strict=True)]
-            job.notes.curves[f"validation accuracy of task {task + 1}"] = points[task:]
+            scored = f"accuracy of task {task + 1}" if tasks > 1 else job.task.headline.name
+            job.notes.curves[f"validation {scored}"] = points[task:]
         sent = np.cumsum([each["bytes"] for each in record["rounds"]]).tolist()
         job.notes.curves["bytes sent"] = [(float(x), float(y)) for x, y in zip(rounds, sent, strict=True)]
         job.notes.curves["train_loss"] = [(float(each["round"] + 1), each["loss"]) for each in record["rounds"]]
@@ -315,8 +320,10 @@ class Federate(Step):
             f"{self.method} on {self.clients} clients, {len(rounds)} rounds over {tasks} task{'s' * (tasks > 1)}"
         )
         job.notes.remarks.extend(record["lost"])
-        if self.method == "local":
-            job.notes.remarks.append("without a server there is no common model: the row is that of the first client")
+        if record["alone"] is not None:
+            job.notes.remarks.append(
+                f"without a server there is no common model: the row is that of client {record['alone'] + 1}"
+            )
 
 
 @dataclass(frozen=True)
@@ -427,6 +434,7 @@ def _record(result: FleetResult) -> dict[str, Any]:
     ]
     return {
         "accuracy": list(result.figures),
+        "alone": min(result.local, default=None),
         "totals": totals,
         "dropped": result.dropped,
         "rounds": rounds,
