@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -113,8 +114,10 @@ def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(tmp_path: P
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
-        for process in [*psutil.Process(child.pid).children(recursive=True), child]:
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(child.pid).children(recursive=True):
+                process.kill()
+        child.kill()
         child.wait()
     assert nothing_left()
     assert Progress(tmp_path / "progress").load()["since"] == {0: 0, 1: 0, 2: 0}
