@@ -473,6 +473,8 @@ def simulate(descriptor: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         _end_children()
+        if not failed:  # a process that was killed cannot clear away behind itself; the log of a failure is still read
+            shutil.rmtree(work_folder, ignore_errors=True)
         os._exit(failed)  # a server's thread that waits for a dead engine must not hold the process
 
 
