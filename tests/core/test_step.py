@@ -146,7 +146,7 @@ def test_the_registry_knows_names_and_things():
     assert registry.name_of("models", Path) is None
     with pytest.raises(
         UnknownName,
-        match=r"unknown model 'mpl'\. Did you mean 'mlp'\? Known models: alexnet, bert, blocknet, convnet, ",
+        match=r"unknown model 'mpl'\. Did you mean 'mlp'\? Known models: alexnet, bert, blocknet, cnn6, convnet, ",
     ):
         registry.resolve("models", "mpl")
 

@@ -52,8 +52,8 @@ def top_share(weights: Mapping[str, Tensor], rho: float) -> tuple[dict[str, Tens
         rho: their share ρ in (0, 1].
 
     Returns:
-        (name → bool mask, the smallest |w| that is kept, max(1, round(ρ n))). All weights with |w| at least that
-        smallest one are kept, so more than the count where several are equal.
+        (name → bool mask, the smallest magnitude that is kept, max(1, round(ρ n))). All weights of at least that
+        magnitude are kept, so more than the count where several are equal.
     """
     check_share("rho", rho)
     if not weights:
@@ -259,7 +259,7 @@ def packnet_mask(weights: Mapping[str, Tensor], owned: Mapping[str, Tensor], sto
     Args:
         weights: name → tensor, after the task's training.
         owned: name → bool, what earlier tasks own.
-        store_rate: share of the free weights, in (0, 1]: the cutoff is their (1 − rate)-quantile of |w|, linearly
+        store_rate: share of the free weights, in (0, 1]: the cutoff is their (1 − rate)-quantile of magnitudes, linearly
             interpolated, over all tensors together.
 
     Returns:
