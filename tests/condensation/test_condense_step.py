@@ -404,7 +404,14 @@ def test_a_step_that_needs_condensed_data_is_told_who_gives_them():
     from sparing.core.pipeline import _steps_with
 
     assert _steps_with("gives", "condensed") == ["condense"]
-    assert _steps_with("gives", "trained") == ["distil", "distil_fair", "federate", "finetune", "predictive_exit", "train"]
+    assert _steps_with("gives", "trained") == [
+        "distil",
+        "distil_fair",
+        "federate",
+        "finetune",
+        "predictive_exit",
+        "train",
+    ]
 
 
 # --- what is refused when the data are seen, with the culprit's place

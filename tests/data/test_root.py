@@ -155,6 +155,7 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
     assert [(line.name, line.present) for line in catalogue.listing(tmp_path)] == [
         ("fashion_mnist", False),
         ("cifar10", False),
+        ("cifar100", False),
         ("cora", False),
         ("citeseer", False),
         ("mutag", False),
@@ -175,8 +176,8 @@ def test_listing_and_check_of_what_is_missing(tmp_path: Path) -> None:
     found = catalogue.check("cifar10", tmp_path)
     assert not found.ok
     assert "no CIFAR-10 in" in found.problem
-    with pytest.raises(UnknownName, match="Did you mean 'cifar10'"):
-        catalogue.check("cifar100", tmp_path)
+    with pytest.raises(UnknownName, match="Did you mean 'cifar100'"):
+        catalogue.check("cifar1000", tmp_path)
 
 
 def test_flights_are_read_and_refused(data_root: Path, tmp_path: Path) -> None:

@@ -259,8 +259,8 @@ def packnet_mask(weights: Mapping[str, Tensor], owned: Mapping[str, Tensor], sto
     Args:
         weights: name → tensor, after the task's training.
         owned: name → bool, what earlier tasks own.
-        store_rate: share of the free weights, in (0, 1]: the cutoff is their (1 − rate)-quantile of magnitudes, linearly
-            interpolated, over all tensors together.
+        store_rate: share of the free weights, in (0, 1]: the cutoff is the (1 − rate)-quantile of their magnitudes,
+            linearly interpolated, over all tensors together.
 
     Returns:
         Name → bool, disjoint from ``owned``.
