@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from by_kind import Arrays, close, compared, one_with, tensor
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, softmax
 
@@ -35,18 +35,6 @@ from sparing.distillation.frameworks import (
 from sparing.distillation.reliant import BiasProxy, alternating_step
 from sparing.models.gnn import GCN, GraphSAGE
 from sparing.models.gnn_students import CPFStudent, propagated, with_columns
-
-Arrays = Mapping[str, np.ndarray]
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))
-
-
-def close(found: Any, expected: np.ndarray, what: str, rtol: float = 1e-4, atol: float = 1e-7) -> None:
-    found = found.detach().numpy() if isinstance(found, Tensor) else np.asarray(found)
-    assert found.shape == expected.shape, f"{what}: shape {found.shape}, {expected.shape} in the reference"
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=what)
 
 
 def edges(f: Arrays) -> Tensor:
@@ -245,28 +233,12 @@ KINDS = {
     "lam": of_glnn,
     "sage_gcn": of_layers,
 }
-"""An array that only this kind of file has → what compares it."""
 
 
 def test_against_the_reference(
     oracles: Callable[[str], list[Path]], record_property: Callable[[str, object], None]
 ) -> None:
-    counts = {}
-    for path in oracles("reliant"):
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = {name: npz[name] for name in npz.files}
-        kinds = [kind for kind in KINDS if kind in arrays]
-        assert len(kinds) == 1, f"{path.name}: a file of an unknown kind, with {sorted(arrays)}"
-        used = KINDS[kinds[0]](arrays)
-        assert used == set(arrays), f"{path.name}: not compared: {set(arrays) - used}, not there: {used - set(arrays)}"
-        counts[path.name] = len(used)
-    record_property("arrays compared", counts)
-    print(f"{sum(counts.values())} arrays of {len(counts)} files")
-
-
-def opened(oracles: Callable[[str], list[Path]], marker: str) -> dict[str, np.ndarray]:
-    files = ({name: npz[name] for name in npz.files} for npz in map(np.load, oracles("reliant")))
-    return next(arrays for arrays in files if marker in arrays)
+    record_property("arrays compared", compared(oracles("reliant"), KINDS))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +255,6 @@ def opened(oracles: Callable[[str], list[Path]], marker: str) -> dict[str, np.nd
 def test_other_inputs_would_be_noticed(
     oracles: Callable[[str], list[Path]], marker: str, changed: str, noticed: str
 ) -> None:
-    arrays = opened(oracles, marker)
+    arrays = one_with(oracles("reliant"), marker)
     with pytest.raises(AssertionError, match=noticed):
         KINDS[marker](arrays | {changed: arrays[changed][..., ::-1].copy() * 0.9})
