@@ -152,6 +152,23 @@ def test_a_client_that_was_never_asked_in_a_task_knows_nothing_of_it():
     assert sorted(made.knowledge) == [0, 2]
 
 
+def test_the_last_task_of_a_known_number_takes_all_that_is_free_also_when_one_was_missed():
+    made = client("fedknow", **PACKNET, tasks=3)
+    assert isinstance(made, FedKNOWClient)
+    assert made.packnet is not None
+    assert same(made.packnet.model.state_dict(), net().state_dict()), "it begins as the model the client is made with"
+    weights = net().state_dict()
+    for t in (0, 2):  # not asked in task 1
+        made.start_task(t, samples(t), BLOCKS[t])
+        weights = made.train_round({name: tensor * 2 for name, tensor in weights.items()}, t).weights
+        made.end_task(t)
+        assert all(mask.all() for mask in made.packnet.owned.values()) == (t == 2)
+    assert [each.task for each in made.knowledge.values()] == [0, 2]
+    masks = sum(mask.numel() for mask in made.packnet.masks[0].values())
+    network = sum(tensor.nbytes for tensor in net().state_dict().values())
+    assert made.knowledge_bytes == network + -(-2 * masks // 8), "one network, and a bit for each weight and task"
+
+
 def test_the_first_task_is_plain_descent_and_later_ones_are_turned():
     plain, ours = client("fedavg"), client("fedknow")
     for made in (plain, ours):
@@ -342,6 +359,10 @@ def test_wrong_use_is_told():
         made.evaluate(3, samples(3), net().state_dict())
     with pytest.raises(InvalidValue, match="no state of a client"):
         made.load_state({})
+    strange = client("fedavg")
+    strange.start_task(1, samples(0), BLOCKS[1])
+    with pytest.raises(InvalidValue, match=r"class [01] in the data of task 1, range\(2, 4\)"):
+        strange.train_round(net().state_dict(), 0)
     beyond = client("fedavg")
     beyond.start_task(4, samples(3), range(8, 10))
     with pytest.raises(InvalidValue, match="not among the 8 of the head"):

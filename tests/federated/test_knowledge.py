@@ -83,6 +83,12 @@ def test_knowledge_travels_as_tensors(tmp_path: Path):
         TaskKnowledge.from_records(knowledge.to_records() | {"odd": X})
     with pytest.raises(InvalidValue, match="as many values as indices"):
         TaskKnowledge.from_records({"values/a": X})
+    name = "indices/0.weight"
+    with pytest.raises(InvalidValue, match=r"0\.weight: values of shape \(\d+,\) and torch.int32 indices of \(1,\)"):
+        TaskKnowledge.from_records(knowledge.to_records() | {name: torch.tensor([0], dtype=torch.int32)})
+    turned = TaskKnowledge.from_records(knowledge.to_records() | {name: -knowledge.indices["0.weight"] - 1})
+    with pytest.raises(InvalidValue, match="another model"):
+        turned.materialize(net(norm=True))
 
 
 @pytest.mark.parametrize(("numbers", "bytes_", "apart"), [("float16", 2, 1e-3), ("int8", 1, 6e-3)])
@@ -142,9 +148,9 @@ def test_earlier_tasks_answer_as_they_did_whatever_comes_later():
     pack = PackNet(net(norm=True), 0.3)
     answers: list[Tensor] = []
     for task in range(3):
-        pack.train(lambda: LOADER, BLOCK, 2, sgd)
+        pack.train(LOADER, BLOCK, 2, sgd)
         pack.prune(last=task == 2)
-        pack.finetune(lambda: LOADER, BLOCK, 2, sgd)
+        pack.finetune(LOADER, BLOCK, 2, sgd)
         answers.append(pack.knowledge(task, BLOCK).materialize(net(norm=True))(X))
     for task in range(3):
         assert torch.equal(pack.knowledge(task, BLOCK).materialize(net(norm=True))(X), answers[task])

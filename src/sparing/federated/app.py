@@ -142,4 +142,6 @@ def write_app(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m sparing.federated.app FOLDER")
     write_app(Path(sys.argv[1]))

@@ -13,12 +13,10 @@ task. What lives from round to round is in ``state``, tensors by name; nothing e
 from __future__ import annotations
 
 import copy
-import resource
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,8 +25,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.utils.data import default_collate
 
-from sparing.core.collation import items_of
-from sparing.core.errors import InvalidValue
+from sparing.core.collation import batches_of, items_of
+from sparing.core.errors import InvalidValue, did_you_mean
+from sparing.core.probe import peak_mib
 from sparing.core.randomness import isolated_rng
 from sparing.federated.knowledge import (
     NUMBERS,
@@ -166,7 +165,7 @@ class ContinualClient(ABC):
             **counts,
             "seconds": time.perf_counter() - start,
             "cpu_s": time.process_time() - cpu,
-            "peak_bytes": float(_peak_bytes()),
+            "peak_bytes": peak_mib() * 2**20,
         }
         return Update(_copied(self.model.state_dict()), len(self._data), metrics)
 
@@ -187,9 +186,7 @@ class ContinualClient(ABC):
         model.load_state_dict(dict(weights))
         block, right = self.blocks[t], 0
         with torch.no_grad():
-            for start in range(0, len(data), EVALUATION_BATCH):
-                rows = range(start, min(start + EVALUATION_BATCH, len(data)))
-                x, y = default_collate(items_of(data, rows))
+            for x, y in batches_of(data, EVALUATION_BATCH):
                 right += int((block_logits(model(x), block).argmax(1) + block.start == y).sum())
         return right, len(data)
 
@@ -227,13 +224,13 @@ class ContinualClient(ABC):
     def _step(self, optimizer: Optimizer, x: Tensor, y: Tensor, epoch: int, number: int) -> float:
         """One optimizer step on a batch, the ``number``-th of a pass; returns the task's loss."""
         loss = self._loss(block_logits(logits := self.model(x), self.classes), y)
-        total = loss + extra if (extra := self._penalty(logits)) is not None else loss
+        total = loss + extra if (extra := self._penalty(x, logits)) is not None else loss
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
         return float(loss.detach())
 
-    def _penalty(self, logits: Tensor) -> Tensor | None:
+    def _penalty(self, x: Tensor, logits: Tensor) -> Tensor | None:
         """What is added to the task's loss, if anything."""
         return None
 
@@ -269,19 +266,18 @@ class ContinualClient(ABC):
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy on the task's block; classes as ids of the whole head, or as probabilities over it."""
-        target = y[:, self.classes.start : self.classes.stop] if y.ndim == 2 else y - self.classes.start
-        return cross_entropy(logits, target)
+        block = self.classes
+        if y.ndim == 2:
+            return cross_entropy(logits, y[:, block.start : block.stop])
+        if not ((y >= block.start) & (y < block.stop)).all():
+            wrong = y[(y < block.start) | (y >= block.stop)][0]
+            raise InvalidValue(f"client {self.client}: class {int(wrong)} in the data of task {self.task}, {block!r}")
+        return cross_entropy(logits, y - block.start)
 
     def _in_task(self) -> int:
         if self.task is None or self._data is None:
             raise InvalidValue(f"client {self.client} is in no task: start_task comes first")
         return self.task
-
-
-def _peak_bytes() -> int:
-    """Most memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -423,7 +419,7 @@ class FedProxClient(FedAvgClient):
     def _begin(self, weights: Mapping[str, Tensor]) -> None:
         self._received = {name: each.detach().clone() for name, each in trained_parameters(self.model).items()}
 
-    def _penalty(self, logits: Tensor) -> Tensor:
+    def _penalty(self, x: Tensor, logits: Tensor) -> Tensor:
         now = trained_parameters(self.model)
         return self.settings.mu / 2 * sum((now[name] - was).square().sum() for name, was in self._received.items())
 
@@ -453,7 +449,7 @@ class EWCClient(ContinualClient):
         self.pull: Weights = {}
         self.local: Weights = {}
 
-    def _penalty(self, logits: Tensor) -> Tensor | None:
+    def _penalty(self, x: Tensor, logits: Tensor) -> Tensor | None:
         if not self.fisher:
             return None
         now = trained_parameters(self.model)
@@ -597,14 +593,10 @@ class LwFClient(FedAvgClient):
     def _begin(self, weights: Mapping[str, Tensor]) -> None:
         self._received = copy.deepcopy(self.model).requires_grad_(False).eval() if self.earlier else None
 
-    def _step(self, optimizer: Optimizer, x: Tensor, y: Tensor, epoch: int, number: int) -> float:
-        self._x = x
-        return super()._step(optimizer, x, y, epoch, number)
-
-    def _penalty(self, logits: Tensor) -> Tensor | None:
+    def _penalty(self, x: Tensor, logits: Tensor) -> Tensor | None:
         if self._received is None:
             return None
-        taught = block_logits(self._received(self._x), self.earlier)
+        taught = block_logits(self._received(x), self.earlier)
         known = block_logits(logits, self.earlier)
         return self.settings.weight * distillation_loss(known, taught, self.settings.temperature)
 
@@ -677,7 +669,9 @@ class FedKNOWClient(ContinualClient):
 
     Earlier tasks are known by a few of their weights (:mod:`sparing.federated.knowledge`), which label the current
     samples softly; no sample of theirs is kept. The knowledge of a task is taken when the next one begins, from the
-    weights of the client's last round in it.
+    weights of the client's last round in it. With "packnet" a second network, which begins as the model the client was
+    made with, trains beside the first in every round; it is pruned and trained on when the next task begins, since a
+    client does not know which of its rounds is the last, and these passes come on top of the local epochs.
     """
 
     last: Integration | None
@@ -690,7 +684,9 @@ class FedKNOWClient(ContinualClient):
         """After the last round of the current task."""
         self.start: Weights = {}
         """Received in the current task's first round; kept for reference = "task_start" alone."""
-        self.packnet: PackNet | None = None
+        self.packnet = (
+            PackNet(copy.deepcopy(self.model), self.settings.rho) if self.settings.extractor == "packnet" else None
+        )
         self.last = None
         self._head = (
             head_names(self.model) if self.settings.project == "features" or self.settings.head_epochs else set()
@@ -700,8 +696,6 @@ class FedKNOWClient(ContinualClient):
         chosen = self.settings
         if chosen.reference == "task_start" and not self.start:
             self.start = _copied(weights)
-        if chosen.extractor == "packnet" and self.packnet is None:
-            self.packnet = PackNet(copy.deepcopy(self.model), chosen.rho)
         # materialized once a round: [aggregation, then the tasks in order]
         self._reference = None
         if self.earlier and chosen.reference != "none":
@@ -716,7 +710,7 @@ class FedKNOWClient(ContinualClient):
         found = super()._train(weights)
         self.local = _copied(self.model.state_dict())
         if self.packnet is not None:
-            self.packnet.train(self.batches, self.classes, self.settings.local_epochs, self.optimizer)
+            self.packnet.train(_Passes(self.batches), self.classes, self.settings.local_epochs, self.optimizer)
         self._teachers, self._reference = {}, None
         return found
 
@@ -790,13 +784,12 @@ class FedKNOWClient(ContinualClient):
 
     @property
     def knowledge_bytes(self) -> int:
-        """What is kept of all tasks: their knowledge, and the second network with its masks (a bit for each weight and
-        task) where there is one."""
-        kept = sum(each.nbytes for each in self.knowledge.values())
+        """What is kept of all tasks: their knowledge, or the second network with its masks, a bit for each weight and
+        task."""
         if self.packnet is None:
-            return kept
+            return sum(each.nbytes for each in self.knowledge.values())
         bits = sum(mask.numel() for masks in self.packnet.masks for mask in masks.values())
-        return kept + sum(t.nbytes for t in self.packnet.model.state_dict().values()) + -(-bits // 8)
+        return sum(t.nbytes for t in self.packnet.model.state_dict().values()) + -(-bits // 8)
 
     def _keep(self, t: int) -> None:
         chosen, passes = self.settings, self.settings.finetune_epochs
@@ -808,15 +801,15 @@ class FedKNOWClient(ContinualClient):
             extractor = KnowledgeExtractor(chosen.rho, passes, chosen.numbers)
             self.knowledge[t] = extractor.extract(model, _Passes(self.batches), self.classes, t, self.optimizer)
         else:
-            self.packnet.prune(last=chosen.tasks is not None and len(self.packnet.masks) + 1 == chosen.tasks)
-            self.packnet.finetune(self.batches, self.classes, passes, self.optimizer)
+            self.packnet.prune(last=t + 1 == chosen.tasks)
+            self.packnet.finetune(_Passes(self.batches), self.classes, passes, self.optimizer)
             self._from_packnet([*self.knowledge, t])
         self.local, self.start = {}, {}
 
     def _from_packnet(self, tasks: Sequence[int]) -> None:
         """The knowledge of each task from the second network as it is now."""
         assert self.packnet is not None
-        self.knowledge = {t: self.packnet.knowledge(i, self.blocks[t]) for i, t in enumerate(tasks)}
+        self.knowledge = {t: replace(self.packnet.knowledge(i, self.blocks[t]), task=t) for i, t in enumerate(tasks)}
 
     def state(self) -> dict[str, Tensor]:
         """With the knowledge of earlier tasks, sparse."""
@@ -835,9 +828,8 @@ class FedKNOWClient(ContinualClient):
         """With the knowledge of earlier tasks."""
         super().load_state(state)
         self.local, self.start = _under("local", state), _under("start", state)
-        self.knowledge, self.packnet = {}, None
-        if "packnet/tasks" in state:
-            self.packnet = PackNet(copy.deepcopy(self.model), self.settings.rho)
+        self.knowledge = {}
+        if self.packnet is not None:
             self.packnet.model.load_state_dict(_under("packnet/weights", state))
             tasks = state["packnet/tasks"].tolist()
             self.packnet.masks = [_under(f"packnet/masks/{number}", state) for number in range(len(tasks))]
@@ -872,8 +864,6 @@ METHODS: dict[str, tuple[type[ContinualClient], type[ClientSettings]]] = {
 
 def method_settings(method: str, **values: Any) -> ClientSettings:
     """The settings of a method by name; raises :class:`InvalidValue` for a field it does not have."""
-    from sparing.core.errors import did_you_mean
-
     kind = METHODS[method][1]
     known = [item.name for item in fields(kind)]
     for name in values:

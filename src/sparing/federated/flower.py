@@ -303,7 +303,7 @@ class OverGrid(Engine):
                 slow = f"was stopped after {self.plan.time_limit:g} s"
                 return Reply(order.client, None, True, "slow", slow, bytes_down)
             told = (message.error.reason or "no reason given").strip().splitlines()[0]
-            died = "its process ended" if _note("begun", order) else f"its node told: {told}"
+            died = "its process ended" if _left("begun", order) else f"its node told: {told}"
             return Reply(order.client, None, True, "died", died, bytes_down)
         content = message.content
         facts: dict[str, Any] = dict(content.config_records["facts"])

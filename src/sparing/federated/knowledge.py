@@ -11,7 +11,7 @@ loop of your own::
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -111,7 +111,7 @@ class TaskKnowledge:
                 found[name] = self.whole[name].to(tensor.device, tensor.dtype)
                 continue
             at = self.indices[name].long().to(tensor.device)
-            if len(at) and int(at.max()) >= tensor.numel():
+            if len(at) and not 0 <= int(at.min()) <= int(at.max()) < tensor.numel():
                 raise InvalidValue(f"this knowledge is of another model: {name} has {tensor.numel()} weights there")
             values = self.values[name].to(tensor.device, tensor.dtype)
             if name in self.scales:
@@ -168,6 +168,13 @@ class TaskKnowledge:
                 kinds[kind][rest] = tensor
         if "about" not in records or kinds["values"].keys() != kinds["indices"].keys():
             raise InvalidValue("a task's knowledge has 'about', and as many values as indices")
+        for name, values in kinds["values"].items():
+            at = kinds["indices"][name]
+            if values.ndim != 1 or values.shape != at.shape or at.dtype != torch.int32:
+                raise InvalidValue(
+                    f"{name}: values of shape {tuple(values.shape)} and {at.dtype} indices of {tuple(at.shape)}; as "
+                    "many of both in a row, and int32, are expected"
+                )
         task, start, stop = records["about"].tolist()
         return cls(task, range(start, stop), **kinds)
 
@@ -175,7 +182,7 @@ class TaskKnowledge:
 def train_masked(
     model: nn.Module,
     masks: Mapping[str, Tensor],
-    batches: Callable[[], Batches],
+    loader: Batches,
     classes: range,
     epochs: int,
     optimizer: MakeOptimizer,
@@ -188,7 +195,7 @@ def train_masked(
     fixed = {name: parameters[name].detach().clone() for name in masks}
     made = optimizer(model)
     for _ in range(epochs):
-        for x, y in batches():
+        for x, y in loader:
             made.zero_grad()
             nn.functional.cross_entropy(block_logits(model(x), classes), y - classes.start).backward()
             for name, mask in masks.items():
@@ -246,7 +253,7 @@ class KnowledgeExtractor:
                 parameters[name].mul_(mask)
         if self.finetune_epochs:
             made = optimizer or (lambda net: torch.optim.SGD(net.parameters(), lr=0.01))
-            train_masked(small, masks, lambda: loader, classes, self.finetune_epochs, made)
+            train_masked(small, masks, loader, classes, self.finetune_epochs, made)
         return TaskKnowledge.of(small.state_dict(), masks, task, classes).quantized(self.numbers)
 
 
@@ -282,8 +289,8 @@ class PackNet:
     """A second network that holds one task after the other, each in weights of its own.
 
     Every task trains the weights that are free, takes the largest of them, sets the others to zero and trains its own
-    on.
-    Biases and norms learn with the first task and stay as they are afterwards; norms then keep their statistics, too.
+    on. Biases and norms learn with the first task and stay as they are afterwards; norms then keep their statistics,
+    too.
 
     Args:
         model: the network, trained in place.
@@ -303,19 +310,23 @@ class PackNet:
     @property
     def owned(self) -> dict[str, Tensor]:
         """Name → bool: what the tasks so far own."""
+        return self._owned_by(self.masks)
+
+    def _owned_by(self, tasks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         found = {name: mask.clone() for name, mask in self._nothing.items()}
-        for masks in self.masks:
+        for masks in tasks:
             for name in self.names:
                 found[name] |= masks[name]
         return found
 
-    def train(self, batches: Callable[[], Batches], classes: range, epochs: int, optimizer: MakeOptimizer) -> None:
+    def train(self, loader: Batches, classes: range, epochs: int, optimizer: MakeOptimizer) -> None:
         """Train the weights that no task owns yet."""
-        self._learn({name: ~mask for name, mask in self.owned.items()}, batches, classes, epochs, optimizer)
+        free = {name: ~mask for name, mask in self.owned.items()}
+        self._learn(free, not self.masks, loader, classes, epochs, optimizer)
 
     def prune(self, last: bool = False) -> dict[str, Tensor]:
-        """Let the task take its weights, set what stays free to zero, and return its mask; ``last``: take all that is
-        free."""
+        """Let the task take its weights, set what stays free to zero, and return its mask; ``last``: take all that
+        is free."""
         parameters = dict(self.model.named_parameters())
         owned = self.owned
         if last:
@@ -328,36 +339,32 @@ class PackNet:
         self.masks.append(taken)
         return taken
 
-    def finetune(self, batches: Callable[[], Batches], classes: range, epochs: int, optimizer: MakeOptimizer) -> None:
+    def finetune(self, loader: Batches, classes: range, epochs: int, optimizer: MakeOptimizer) -> None:
         """Train the weights of the last task that was pruned for."""
-        self._learn(self.masks[-1], batches, classes, epochs, optimizer, first=len(self.masks) == 1)
+        self._learn(self.masks[-1], len(self.masks) == 1, loader, classes, epochs, optimizer)
 
     def _learn(
         self,
         masks: Mapping[str, Tensor],
-        batches: Callable[[], Batches],
+        first: bool,
+        loader: Batches,
         classes: range,
         epochs: int,
         optimizer: MakeOptimizer,
-        first: bool | None = None,
     ) -> None:
-        first = not self.masks if first is None else first
-        rest = {name: p for name, p in self.model.named_parameters() if name not in self.names}
         self.model.train()
-        if not first:  # later tasks leave the statistics of norms alone
+        frozen = {}
+        if not first:  # later tasks leave biases, norms and their statistics alone
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-        frozen = {} if first else {name: torch.zeros_like(p, dtype=torch.bool) for name, p in rest.items()}
-        train_masked(self.model, {**masks, **frozen}, batches, classes, epochs, optimizer)
+            rest = ((name, p) for name, p in self.model.named_parameters() if name not in self.names)
+            frozen = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in rest}
+        train_masked(self.model, {**masks, **frozen}, loader, classes, epochs, optimizer)
 
     def knowledge(self, task: int, classes: range) -> TaskKnowledge:
         """Of the ``task``-th task that was pruned for: the weights of it and of those before it; biases as they are
         now."""
         if not 0 <= task < len(self.masks):
             raise InvalidValue(f"task = {task}; {len(self.masks)} tasks have been pruned for")
-        union = {name: mask.clone() for name, mask in self._nothing.items()}
-        for masks in self.masks[: task + 1]:
-            for name in self.names:
-                union[name] |= masks[name]
-        return TaskKnowledge.of(self.model.state_dict(), union, task, classes)
+        return TaskKnowledge.of(self.model.state_dict(), self._owned_by(self.masks[: task + 1]), task, classes)

@@ -231,7 +231,7 @@ def integrate_gradients(
         told = dots.numpy()
         return gradient, Integration(violated, False, lost, None, told, told, before, before)
     moved = _moved(gradient, memories, v)
-    after = _products(moved, memories)[1].numpy()
+    after = dots.numpy() + gram.numpy() @ v
     return moved, Integration(violated, True, False, v, dots.numpy(), after, before, float(moved.norm()))
 
 
