@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -17,17 +18,32 @@ import torch
 
 from federated.fleets import same
 from sparing.core import files
-from sparing.core.errors import RecipeError
-from sparing.federated.app import plan_of_recipe, write_app
-from sparing.federated.rounds import run_federated
+from sparing.core.errors import InvalidValue, RecipeError
+from sparing.core.store import Progress
+from sparing.federated.app import claim_folder, plan_of_recipe, write_app
+from sparing.federated.clients import Weights
+from sparing.federated.rounds import InProcess, Order, Reply, run_federated, serve
 
 RECIPE = """\
-task: digits
+task: {name: continual, of: digits, stream: classes, tasks: 2}
 model: {name: mlp, widths: [16]}
 steps:
-  - federate: {method: fedavg, clients: 2, fraction: 1.0, rounds_per_task: 1, local_epochs: 1, samples_per_client: 60}
+  - federate: {method: fedknow, clients: 2, fraction: 1.0, rounds_per_task: 1, local_epochs: 1, samples_per_client: 60}
 """
 BIN = Path(sys.executable).parent
+
+
+class Stopped(Exception):
+    """Of a server."""
+
+
+class OneRound(InProcess):
+    """Clients of a server that is stopped in its second round."""
+
+    def ask(self, orders: Sequence[Order], weights: Weights) -> list[Reply]:
+        if orders[0].round:
+            raise Stopped
+        return super().ask(orders, weights)
 
 
 def free_port() -> int:
@@ -53,12 +69,29 @@ def test_a_recipe_without_a_fleet_is_refused(tmp_path: Path) -> None:
         plan_of_recipe(str(recipe), store=str(tmp_path / "store"))
 
 
+def test_the_folder_of_another_fleet_is_refused(tmp_path: Path) -> None:
+    recipe, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    recipe.write_text(RECIPE)
+    other.write_text(RECIPE.replace("local_epochs: 1", "local_epochs: 2"))
+    fleet = plan_of_recipe(str(recipe), store=str(tmp_path / "store"))
+    claim_folder(tmp_path / "out", fleet)
+    claim_folder(tmp_path / "out", fleet)
+    with pytest.raises(InvalidValue, match="holds the state of a fleet with another recipe, seed, data"):
+        claim_folder(tmp_path / "out", plan_of_recipe(str(other), store=str(tmp_path / "store")))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_three_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
+def test_three_processes_go_on_from_a_stopped_server_to_the_weights_of_one(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
-    recipe, store = tmp_path / "fleet.yaml", tmp_path / "store"
+    recipe, store, out = tmp_path / "fleet.yaml", tmp_path / "store", tmp_path / "out"
     recipe.write_text(RECIPE)
+    torch.set_num_threads(1)
+    fleet = plan_of_recipe(str(recipe), store=str(store))
+    expected = run_federated(fleet)
+    claim_folder(out, fleet)
+    with pytest.raises(Stopped):
+        serve(fleet, OneRound(fleet, tmp_path / "clients"), Progress(out / "progress"))
     write_app(tmp_path / "app")
     link, home = free_port(), tmp_path / "home"
     home.mkdir()
@@ -98,19 +131,20 @@ def test_three_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
             start(
                 stack, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--host", "127.0.0.1",
                 "--port", str(free_port()), "--node-config",
-                f'partition-id={number} num-partitions=2 folder="{tmp_path}/node{number}"',
+                f'partition-id={number} num-partitions=2 folder="{tmp_path}/clients"',
             )  # fmt: skip
-        told = f'recipe="{recipe}" store="{store}" out="{tmp_path}/out" patience=300'
+        told = f'recipe="{recipe}" store="{store}" out="{out}" patience=300'
         asked = start(stack, "flwr", "run", str(tmp_path / "app"), "here", "--run-config", told)
         assert asked.wait(120) == 0, log.read_text()
-        ready = tmp_path / "out" / "rounds.json"
+        ready = out / "rounds.json"
         while not ready.exists():
             assert time.monotonic() < deadline + 300, log.read_text()[-6000:]
             time.sleep(0.2)
-    torch.set_num_threads(1)
-    expected = run_federated(plan_of_recipe(str(recipe), store=str(store)))
-    assert same(files.read_tensors(tmp_path / "out" / "weights.safetensors"), expected.weights)
-    reports = files.read_json(ready)
-    assert [report["averaged"] for report in reports[:-1]] == [[0, 1]]
-    assert all(list((tmp_path / f"node{number}").rglob("*.safetensors")) for number in range(2))
+    assert same(files.read_tensors(out / "weights.safetensors"), expected.weights)
+    first, second = files.read_json(ready)[:-1]
+    assert first["averaged"] == second["averaged"] == [0, 1]
+    told = [{client: found["qp_steps"] for client, found in each["metrics"].items()} for each in (first, second)]
+    assert set(told[0].values()) == {0.0}
+    assert told[1] == {str(client): found["qp_steps"] for client, found in expected.rounds[1].metrics.items()}
+    assert max(told[1].values()) > 0  # the clients knew what they had learnt before the server was stopped
     shutil.rmtree(home)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparing.core import files
 from sparing.core.errors import InvalidValue, RecipeError
+from sparing.core.fingerprint import fingerprint
 from sparing.core.pipeline import apply_steps, begin, plan
 from sparing.core.recipe import PartRef, load_recipe
 from sparing.core.store import Progress
@@ -113,7 +114,7 @@ def server_app() -> ServerApp:
 
     The run config has ``recipe``, and may have ``seed``, ``data``, ``store``, ``out`` (a folder for the state after
     each round, and in the end ``weights.safetensors`` and ``rounds.json``; a run that finds such a state goes on from
-    it), and ``patience``, in seconds, for the devices to come.
+    it), and ``patience``, in seconds, for the devices to come. A folder with the state of another run is refused.
     """
     require_flower("a fleet on devices")
     from flwr.serverapp import ServerApp
@@ -127,12 +128,28 @@ def server_app() -> ServerApp:
         if not told.get("out"):
             raise InvalidValue("the run config names no folder 'out' for the result")
         out = Path(told["out"])
+        claim_folder(out, fleet)
         with OverGrid(grid, fleet, float(told.get("patience", 600))) as engine:
             result = serve(fleet, engine, Progress(out / "progress"))
         files.write_tensors(out / "weights.safetensors", result.weights)
         files.write_json(out / "rounds.json", [asdict(report) for report in (*result.rounds, result.end)])
 
     return app
+
+
+def claim_folder(out: Path, fleet: FleetPlan) -> None:
+    """Make a folder that of one plan, whose state only a run of the same plan may go on from.
+
+    Raises :class:`InvalidValue` where it is another plan's.
+    """
+    note, own = out / "plan.json", {"fingerprint": fingerprint(fleet)}
+    if not note.exists():
+        files.write_json(note, own)
+    elif files.read_json(note) != own:
+        raise InvalidValue(
+            f"{out} holds the state of a fleet with another recipe, seed, data or version of Sparing; name another "
+            "folder, or remove this one"
+        )
 
 
 def write_app(folder: Path) -> None:

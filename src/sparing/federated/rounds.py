@@ -34,7 +34,7 @@ from sparing.core import files
 from sparing.core.errors import CorruptFile, InvalidValue, shown
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.store import Progress
-from sparing.federated.clients import ContinualClient, Update, Weights
+from sparing.federated.clients import ContinualClient, Update, Weights, check_weights
 
 ENGINES = ("inprocess", "flower")
 WEIGHTINGS = ("examples", "equal")
@@ -582,6 +582,7 @@ class _State:
         found = keeper.load()
         if found is None:
             return cls(plan.weights)
+        check_weights(found["weights"], plan.weights)
         return cls(**{**found, "reports": [RoundReport.of(report) for report in found["reports"]]})
 
 
