@@ -1,6 +1,6 @@
 """FedKNOW's claims: more accurate and less forgetful than FedAvg with as many backward passes, for the same bytes.
 
-python benchmarks/fedknow.py [accuracy] [bytes] [client_failures] [overhead] [arms] [cifar10]
+python benchmarks/fedknow.py [accuracy] [examined] [bytes] [client_failures] [overhead] [arms] [cifar10]
 
 Four tasks, each all of Fashion-MNIST under a permutation of pixels of its own; five clients, in each task five classes
 drawn at random and 60 images of each; a perceptron 784-100-100-40. The aggregated model is tested on 1,500 images of
@@ -59,8 +59,23 @@ DEMONSTRATION: dict[str, Any] = {
 CLASSES, IMAGES = 5, 60
 """Of a client in each task: classes, and images of each."""
 NO_REFERENCE: dict[str, Any] = {"settings": {"reference": "none"}}
+EXAMINED = "FedKNOW, k = 1"
+"""One earlier task at a time instead of all; the passes that this saves go into local epochs and fine-tuning."""
+PILOT = (
+    "k = 1, ρ = 0.3, 10 local epochs and long fine-tuning were chosen on seeds 100 to 103 among ρ of 0.1 and 0.3, "
+    "margins of 0, 0.1, 0.5 and 1, with and without g₀, 2 and 10 epochs of fine-tuning, 8, 11 and 20 local epochs; "
+    "FedAvg was tried there with 8, 12, 20 and 50 local epochs and rates of 0.05, 0.1 and 0.2; 20 and 0.1 were the "
+    "best. The passes left over decided 6 epochs of fine-tuning"
+)
 ARMS: dict[str, dict[str, Any]] = {
     "FedKNOW": {"method": "fedknow", **NO_REFERENCE},
+    EXAMINED: {
+        "method": "fedknow",
+        "k": 1,
+        "rho": 0.3,
+        "local_epochs": 10,
+        "settings": {"reference": "none", "finetune_epochs": 6},
+    },
     "FedAvg": {"method": "fedavg"},
     "FedAvg, 20 local epochs": {"method": "fedavg", "local_epochs": 20},
     "FedKNOW, margin 0": {"method": "fedknow", "margin": 0.0, **NO_REFERENCE},
@@ -76,10 +91,23 @@ ARMS: dict[str, dict[str, Any]] = {
     "LwF": {"method": "lwf"},
 }
 EQUAL = "FedAvg, 20 local epochs"
-"""As many backward passes: a client of FedKNOW makes 1 + t of them for each batch of task t, on average 2.5."""
+"""As many backward passes, see :func:`backward_passes`."""
 KEPT = Kept(
     "fedknow", clients, knowledge, projection, metrics, rounds, step, partition, permuted, continual, str(TEST_IMAGES)
 )
+
+
+def backward_passes(arm: str) -> float:
+    """How often a client of a run derives a batch's loss, in passes over a task's samples."""
+    federate = Federate(**{**DEMONSTRATION, **ARMS[arm]})
+    settings = federate.method_settings(0)
+    epochs = federate.rounds_per_task * settings.local_epochs
+    if federate.method != "fedknow":
+        return float(TASKS * epochs)
+    batches = CLASSES * IMAGES / settings.batch_size
+    first = sum(1 + task for task in range(TASKS))  # signature tasks are chosen on the first batch of a pass, among all
+    others = sum(1 + min(task, settings.k) for task in range(TASKS))
+    return epochs * (first + (batches - 1) * others) / batches + TASKS * settings.finetune_epochs
 
 
 def stream(seed: int, of: str = "fashion_mnist") -> Continual:
@@ -161,11 +189,11 @@ def baselines(
 
 
 def paired(
-    figure: str, other: str = EQUAL, seeds: Sequence[int] = SEEDS, of: str = "fashion_mnist"
+    figure: str, other: str = EQUAL, seeds: Sequence[int] = SEEDS, of: str = "fashion_mnist", arm: str = "FedKNOW"
 ) -> tuple[float, tuple[float, float]]:
-    """FedKNOW's mean difference to another arm, seed by seed, with Student's interval."""
+    """An arm's mean difference to another, seed by seed, with Student's interval."""
     # seed by seed, so that an interrupted run has whole pairs
-    pairs = [run("FedKNOW", seed, of)[figure] - run(other, seed, of)[figure] for seed in seeds]
+    pairs = [run(arm, seed, of)[figure] - run(other, seed, of)[figure] for seed in seeds]
     found = difference_over_seeds(pairs)
     assert found.interval is not None
     return found.value, found.interval
@@ -210,6 +238,9 @@ def measure_accuracy() -> list[Claim]:
             also=[("lower end of the interval over seeds", interval[0], ">", 0.0)],
             details={
                 "setting": setting,
+                "backward passes of a client, in passes over a task's samples": {
+                    arm: backward_passes(arm) for arm in arms
+                },
                 "difference to FedAvg with 8 local epochs": plain,
                 "its interval": plain_interval,
                 "differences and intervals over the first five seeds alone": few,
@@ -231,6 +262,46 @@ def measure_accuracy() -> list[Claim]:
             also=[("difference to FedAvg with 8 local epochs", less_plain, "<", 0.0)],
             details={"setting": setting, "interval to FedAvg with 8 local epochs": less_plain_interval},
         ),
+    ]
+
+
+def measure_examined() -> list[Claim]:
+    """The same comparison with settings of FedKNOW that were chosen on other seeds."""
+    gain, interval = paired("accuracy", arm=EXAMINED)
+    less, less_interval = paired("forgetting", arm=EXAMINED)
+    arms = (EXAMINED, EQUAL)
+    return [
+        Claim(
+            id="fedknow_examined_accuracy",
+            statement="with k = 1, which leaves passes for more local epochs and longer fine-tuning, the aggregated "
+            "model is more accurate on all tasks than FedAvg's, which was given as many backward passes",
+            source=ISSUE,
+            figure=gain,
+            unit="of 1, mean paired difference of average accuracy",
+            comparison=">",
+            threshold=0.0,
+            interval95=interval,
+            seeds=SEEDS,
+            baselines=baselines(arms, "accuracy"),
+            also=[
+                ("lower end of the interval over seeds", interval[0], ">", 0.0),
+                (
+                    "backward passes of a client beside FedAvg's",
+                    backward_passes(EXAMINED) / backward_passes(EQUAL),
+                    "<=",
+                    1.0,
+                ),
+            ],
+            details={
+                "how the settings were found": PILOT,
+                "backward passes of a client, in passes over a task's samples": {
+                    arm: backward_passes(arm) for arm in ("FedKNOW", *arms)
+                },
+                "difference of forgetting": less,
+                "its interval": less_interval,
+                "seed by seed": told(arms),
+            },
+        )
     ]
 
 
@@ -401,7 +472,8 @@ def measure_cifar10() -> list[Claim]:
     """The same on permuted CIFAR-10, which is harder."""
     gain, interval = paired("accuracy", EQUAL, FEW, "cifar10")
     less, less_interval = paired("forgetting", EQUAL, FEW, "cifar10")
-    arms = ("FedKNOW", EQUAL, "FedAvg")
+    arms = ("FedKNOW", EXAMINED, EQUAL, "FedAvg")
+    examined, examined_interval = paired("accuracy", EQUAL, FEW, "cifar10", EXAMINED)
     return [
         Claim(
             id="fedknow_cifar10",
@@ -418,6 +490,8 @@ def measure_cifar10() -> list[Claim]:
             details={
                 "difference of forgetting": less,
                 "its interval": less_interval,
+                f"difference of accuracy of {EXAMINED}": examined,
+                "interval of that": examined_interval,
                 "seed by seed": told(arms, FEW, "cifar10"),
             },
         )
@@ -427,6 +501,7 @@ def measure_cifar10() -> list[Claim]:
 if __name__ == "__main__":
     benchmarks = {
         "accuracy": measure_accuracy,
+        "examined": measure_examined,
         "bytes": measure_bytes,
         "client_failures": measure_client_failures,
         "overhead": measure_overhead,
