@@ -272,12 +272,38 @@ def test_every_framework_distils_with_and_without_a_proxy(taught, name, proxy):
         assert found.history_[-1].distillation < found.history_[0].distillation
     assert (found.proxy_ is None) == (not proxy)
     agree = (found.predict(data) == teacher.log_prob.argmax(1)).float().mean()
-    assert agree > (0.5 if adversarial else 0.6)
+    assert agree > (0.6 if isinstance(framework, GLNN | SoftKD) else 0.5)  # a weight of 1000 asks CPF for much else
     scores = [score for _, score in found.validation_]
     if adversarial:  # a student that says the same of everybody may agree as often, but is no surer than its base rate
         share = data.y[data.val_mask].float().mean()
         assert max(scores) > -float(torch.distributions.Bernoulli(share).entropy()) + 0.01
     assert found.best_epoch_ == 1 + max(i for i, score in enumerate(scores) if score == max(scores))
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_fairness_moves_the_student_and_the_proxy_of_every_framework(taught, name):
+    data, _ = taught
+    framework, make = FRAMEWORKS[name]
+
+    def fit(alpha: float) -> FairDistiller:
+        torch.manual_seed(0)
+        return distilled(taught, make(2), framework, alpha=alpha, epochs=5, validate_every=5)
+
+    plain, fair = fit(0.0), fit(framework.alpha)
+    rest = ~data.train_mask
+    assert not torch.allclose(plain.log_prob(data)[rest], fair.log_prob(data)[rest], atol=1e-5)
+    assert not torch.allclose(plain.full_proxy_, fair.full_proxy_, atol=1e-5)
+    assert len({losses.student_fairness for losses in fair.history_}) == 5  # no constant
+
+
+def test_a_student_that_answers_with_labels_is_made_fair_where_it_has_none(taught):
+    data, teacher = taught
+    assert FairDistiller(FRAMEWORKS["cpf"][1](2), teacher).fair_nodes == "unlabelled"
+    assert FairDistiller(pupil(), teacher).fair_nodes == "train"
+    asked = {"fair_nodes": "train", "epochs": 1}
+    with pytest.raises(InvalidValue, match="answers training nodes with their labels.*'unlabelled'"):
+        FairDistiller(FRAMEWORKS["cpf"][1](2), teacher, **asked).fit(data)
+    FairDistiller(FRAMEWORKS["cpf"][1](2), teacher, alpha=0.0, **asked).fit(data)
 
 
 def test_the_best_epochs_proxy_comes_with_its_weights(taught):
@@ -365,7 +391,7 @@ def changed(data: Data, **more) -> Data:
     [
         (lambda d, t: FairDistiller(pupil(), t, SoftKD(), -1.0), "alpha = -1.0; a finite number ≥ 0"),
         (lambda d, t: FairDistiller(pupil(), t, SoftKD(), metric="dp"), "metric = 'dp'; one of sp, eo"),
-        (lambda d, t: FairDistiller(pupil(), t, fair_nodes="test"), "fair_nodes = 'test'; one of train"),
+        (lambda d, t: FairDistiller(pupil(), t, fair_nodes="test"), "fair_nodes = 'test'; one of None, train"),
         (lambda d, t: FairDistiller(pupil(), t, step="hard"), "step = 'hard'"),
         (lambda d, t: FairDistiller(pupil(), t, lr=0), "lr = 0; a finite number > 0"),
         (lambda d, t: FairDistiller(pupil(), t, SoftKD(), proxy=BiasProxy(9)).fit(d), "for 9 nodes; the graph has 240"),

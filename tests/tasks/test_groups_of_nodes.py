@@ -157,6 +157,23 @@ def test_what_cannot_be_distilled_fairly_is_refused():
         sparing.run(task=TinyPeople(), steps=unused, meter=QUICK)
 
 
+@pytest.mark.parametrize("proxy", [True, False])
+def test_planning_says_what_no_student_can_be_made_of(proxy: bool):
+    def plan(**fields):
+        sparing.DistilFair(teacher="teacher", **fields).check(TinyPeople())
+
+    labelled = {"framework": "cpf", "student": "cpf", "proxy": proxy, "fair_nodes": "train"}
+    with pytest.raises(InvalidValue, match="answers training nodes with their labels"):
+        plan(**labelled)
+    with pytest.raises(sparing.RecipeError, match="answers training nodes with their labels"):
+        sparing.run(task=TinyPeople(), steps=[TEACHER, sparing.DistilFair(teacher="teacher", **labelled)], meter=QUICK)
+    plan(**labelled | {"alpha": 0})
+    plan(**labelled | {"fair_nodes": None})
+    with pytest.raises(InvalidValue, match="GLNNStudent has no method 'embed'"):
+        plan(framework="graphakd", student=STUDENT, proxy=proxy)
+    plan(framework="graphakd", student="sgc_student", proxy=proxy)
+
+
 def test_a_table_of_ones_own(tmp_path: Path):
     task = own(tmp_path, drop=["until"], labels=["left", "stayed"])
     splits = task.splits()

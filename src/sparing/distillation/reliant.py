@@ -127,15 +127,20 @@ def outputs_of(student: nn.Module, x: Tensor, edge_index: Tensor, embedding: boo
     """What a student says of a graph: logits, and with ``embedding`` what its ``embed`` gives and ``head`` takes."""
     if not embedding:
         return StudentOutputs(student(x, edge_index))
+    check_embedding(student)
+    inner: Any = student
+    embedded = inner.embed(x, edge_index)
+    return StudentOutputs(inner.head(embedded, edge_index), embedded)
+
+
+def check_embedding(student: nn.Module) -> None:
+    """Raise :class:`InvalidValue` for a student that gives no embedding to compare."""
     for method in ("embed", "head"):
         if not callable(getattr(student, method, None)):
             raise InvalidValue(
                 f"{type(student).__name__} has no method {method!r}: this framework compares embeddings, and needs a "
                 "student with embed(x, edge_index) and head(embedding, edge_index), as SGCStudent"
             )
-    inner: Any = student
-    embedded = inner.embed(x, edge_index)
-    return StudentOutputs(inner.head(embedded, edge_index), embedded)
 
 
 def quality(
@@ -164,6 +169,15 @@ def quality(
     }
 
 
+def check_fair_nodes(student: nn.Module, fair_nodes: FairNodes | None, alpha: float) -> None:
+    """Raise :class:`InvalidValue` where no weight of the student moves what fairness is asked for."""
+    if alpha > 0 and fair_nodes == "train" and isinstance(student, CPFStudent):
+        raise InvalidValue(
+            "fair_nodes = 'train'; a CPFStudent answers training nodes with their labels, so that their fairness loss "
+            "is a constant: 'unlabelled', which None stands for, or 'all' is expected"
+        )
+
+
 class FairDistiller:
     """Distils a graph network into a student, with RELIANT's fairness or without.
 
@@ -177,7 +191,9 @@ class FairDistiller:
             and the teacher's predictions on all others.
         proxy: False: no proxy columns, so that with ``alpha`` the fairness loss is all there is. Or a
             :class:`BiasProxy` to begin with.
-        fair_nodes: what fairness is asked for: "train", "unlabelled" or "all" nodes.
+        fair_nodes: what fairness is asked for: "train", "unlabelled" or "all" nodes. None: "unlabelled" for a
+            :class:`~sparing.models.gnn_students.CPFStudent`, which answers training nodes with their labels whatever
+            it learns, and "train" for any other student.
         step: the soft decision, see :func:`~sparing.distillation.fairness.soft_step`.
         groups: the two values of the sensitive attribute that are compared; nodes with others count for distillation
             alone. None: 0 and 1, and there are no others.
@@ -214,7 +230,7 @@ class FairDistiller:
         alpha: float | None = None,
         metric: Literal["sp", "eo"] = "sp",
         proxy: bool | BiasProxy = True,
-        fair_nodes: FairNodes = "train",
+        fair_nodes: FairNodes | None = None,
         step: StepKind = "reference",
         *,
         groups: Sequence[Any] | None = None,
@@ -249,12 +265,13 @@ class FairDistiller:
         whole("FairDistiller", at_least=0, positive=positive)
         for name, word, known in (
             ("metric", metric, ("sp", "eo")),
-            ("fair_nodes", fair_nodes, ("train", "unlabelled", "all")),
+            ("fair_nodes", fair_nodes, (None, "train", "unlabelled", "all")),
         ):
             if word not in known:
-                raise InvalidValue(f"{name} = {word!r}; one of {', '.join(known)} is expected")
+                raise InvalidValue(f"{name} = {word!r}; one of {', '.join(map(str, known))} is expected")
         soft_step(torch.zeros(1), step)
-        self.metric, self.proxy, self.fair_nodes, self.step = metric, proxy, fair_nodes, step
+        self.metric, self.proxy, self.step = metric, proxy, step
+        self.fair_nodes = fair_nodes or ("unlabelled" if isinstance(student, CPFStudent) else "train")
         self.groups, self.positive, self.proxy_dim = groups, positive, proxy_dim
         self.proxy_weight_decay, self.validate_every, self.seed = proxy_weight_decay, validate_every, seed
 
@@ -273,7 +290,8 @@ class FairDistiller:
         Raises:
             InvalidValue: another number of nodes than the teacher's or the proxy's; a sensitive attribute that is not
                 binary without ``groups``; a group without a node, or without a positive one for "eo", among the nodes
-                that fairness is asked for; outputs that do not fit the framework.
+                that fairness is asked for; fairness of nodes that the student answers with their labels; outputs
+                that do not fit the framework.
             TrainingDiverged: a loss that is not finite.
         """
         whole("FairDistiller.fit", keep_every=keep_every)
@@ -415,6 +433,7 @@ class FairDistiller:
         """Probabilities (N, C) → L_fair."""
         if self.alpha == 0:
             return None
+        check_fair_nodes(self.student, self.fair_nodes, self.alpha)
         if getattr(data, "sens", None) is None:
             raise InvalidValue("the graph has no sensitive attribute: data.sens (N,) is expected, or alpha = 0")
         classes = self.teacher.log_prob.shape[1]
