@@ -379,6 +379,26 @@ def test_a_killed_training_ends_with_the_same_bits(taught, name):
     assert torch.equal(again.full_proxy_, whole.full_proxy_)
 
 
+def test_a_training_that_patience_ended_goes_on_to_the_same_bits(taught):
+    data, teacher = taught
+    keeper = Keeper(lives=1000)
+
+    def end() -> FairDistiller:
+        settings = {"proxy": False, "alpha": 0.0, "epochs": 400, "lr": 0.5, "patience": 5}
+        return FairDistiller(pupil(0), teacher, SoftKD(), **settings).fit(data, keeper, keep_every=1)
+
+    once, again = end(), end()
+    assert len(once.history_) == once.best_epoch_ + 5 < 400
+    assert again.validation_ == once.validation_
+    assert torch.equal(again.log_prob(data), once.log_prob(data))
+
+
+def test_patience_waits_for_a_first_validation(taught):
+    found = distilled(taught, alpha=0.0, epochs=30, patience=3, validate_every=8)
+    assert [epoch for epoch, _ in found.validation_] == [8]
+    assert found.best_epoch_ == 8
+
+
 def changed(data: Data, **more) -> Data:
     other = data.clone()
     for name, value in more.items():

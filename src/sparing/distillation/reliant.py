@@ -326,6 +326,8 @@ class FairDistiller:
             with isolated_rng("look", self.seed), torch.no_grad():
                 self.framework.check(answer(None if proxy is None else proxy.mean()), lesson)
             for epoch in range(kept.epochs, self.epochs):
+                if kept.validation and epoch - kept.best_epoch >= self.patience:
+                    break  # here, so that a training that goes on after its end does not learn further
                 with isolated_rng(derive_seed("epoch", self.seed, epoch)):
                     student.train()
                     if helper is not None:
@@ -353,8 +355,6 @@ class FairDistiller:
                 kept.keep()
                 if bar.due and sys.stderr.isatty():
                     bar.draw(epoch + 1, self.epochs, f"distilling, loss {losses.distillation:.4g}")
-                if epoch + 1 - kept.best_epoch >= self.patience:
-                    break
         finally:
             bar.stop()
             student.train(training)
