@@ -12,6 +12,7 @@ import torch
 import sparing
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, SparingError
 from sparing.core.fairness import delta_eo, delta_sp
+from sparing.core.meter import Meter
 from sparing.core.predictor import ModulePredictor
 from sparing.core.registry import resolve
 from sparing.data.node_tables import save_node_table
@@ -60,7 +61,43 @@ def test_a_group_without_anybody_has_no_gap():
     assert np.isnan(found.metrics["delta_sp"])
     assert np.isnan(found.metrics["accuracy of b"])
     assert np.isfinite(found.metrics["accuracy of a"])
-    assert task.groups.tolist() == ["neither"] * 3 + ["a"] * 27
+    assert task.groups.tolist() == [None] * 3 + ["a"] * 27
+    rows = sparing.run(task=Alone(), steps=[sparing.Train(epochs=1)], meter=QUICK).ledger.rows
+    figure = rows[-1].figures["accuracy gap between groups"]
+    assert figure.how == "n.a."
+    assert figure.note == "a gap needs two groups; all nodes that are compared are in 'a'"
+
+
+def test_people_in_neither_group_stay_out_of_the_gap():
+    class Some(TinyPeople):
+        def read(self, root):
+            data = super().read(root)
+            data.sens[90:96] = -1
+            return data
+
+    task = Some()
+    test = task.splits().test
+    found = Meter(**QUICK).quality(task, ModulePredictor(task.default_model(), task), test)
+    sens = test.sens[test.nodes].numpy()
+    shares = [found.outcomes[sens == group].mean() for group in (0, 1)]
+    figure = found.figures["accuracy gap between groups"]
+    assert figure.value == pytest.approx(abs(shares[0] - shares[1]))
+    assert figure.note.count("(n=12)") == 2
+    assert len(found.outcomes) == 30
+
+
+def test_groups_are_those_of_the_graph_that_was_asked_for_last():
+    class Two(TinyPeople):
+        def read(self, root):
+            data = super().read(root)
+            if root is not None:
+                data.test_mask[:95] = False
+            return data
+
+    task = Two()
+    for root, count in ((None, 30), (Path("elsewhere"), 25), (None, 30)):
+        task.splits(root)
+        assert len(task.groups) == count
 
 
 def test_groups_must_be_there_and_be_two():
@@ -190,7 +227,7 @@ def test_a_table_of_ones_own(tmp_path: Path):
     assert (edges[0] == edges[1]).sum() == 120
     assert edges.shape[1] == task.example_edges
     assert own(tmp_path, positive=5).positive == 0
-    assert sorted(set(task.groups)) == ["0", "2", "neither"]
+    assert set(task.groups) == {"0", "2", None}
 
 
 def test_a_column_that_tells_the_answer_is_warned_of(tmp_path: Path):
