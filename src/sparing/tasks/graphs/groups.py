@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from sparing.tasks.graphs.nodes import NodeClassification
 if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Data
+
+log = logging.getLogger("sparing")
 
 
 class GroupedNodeClassification(NodeClassification):
@@ -123,7 +125,7 @@ class _TableGraph(GroupedNodeClassification):
     """A graph whose nodes are rows of a table.
 
     Columns are shifted and scaled by mean and standard deviation of the training nodes; each node gets a loop. Columns
-    that alone predict the label are warned of, and listed in :attr:`leaks`.
+    that alone predict the label are warned of in the log "sparing", and listed in :attr:`leaks`.
     """
 
     _leaks: dict[str, float] | None = None
@@ -180,10 +182,11 @@ class _TableGraph(GroupedNodeClassification):
         self._leaks = found
         if found:
             shown = ", ".join(f"{name!r} ({area:.3f})" for name, area in found.items())
-            warnings.warn(
-                f"{self.name}: columns that alone predict the label, with the area under their ROC curve: {shown}. Are "
-                "they known before it is? drop leaves them out",
-                stacklevel=2,
+            log.warning(
+                "%s: columns that alone predict the label, with the area under their ROC curve: %s. Are they known "
+                "before it is? drop leaves them out",
+                self.name,
+                shown,
             )
 
 
