@@ -99,5 +99,28 @@ def test_thresholds_need_both_groups():
         GroupThresholds().fit(scores, labels, 0 * sens)
     with pytest.raises(InvalidValue, match="group 1 holds no positive unit"):
         GroupThresholds("eo").fit(scores, np.where(sens == 1, 0, labels), sens)
+    with pytest.raises(InvalidValue, match="not fitted yet: call fit"):
+        GroupThresholds().predict(scores, sens)
     with pytest.raises(InvalidValue, match="metric = 'dp'"):
         GroupThresholds("dp").fit(scores, labels, sens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sens": np.full(2000, 2)}, "sens of unit 0 is 2; 0 or 1"),
+        ({"sens": np.full(2000, -1)}, "sens of unit 0 is -1; 0 or 1"),
+        ({"sens": np.zeros(9, int)}, r"shapes: scores \(2000,\), .*sens \(9,\)"),
+        ({"scores": np.where(np.arange(2000) == 3, np.nan, 0.5)}, "scores of unit 3 is nan; a number"),
+        ({"labels": np.full(2000, 2)}, "labels of unit 0 is 2; 0 or 1"),
+        ({"labels": np.zeros((2000, 1), int)}, r"labels \(2000, 1\)"),
+    ],
+)
+def test_thresholds_take_numbers_and_two_groups_alone(change, message):
+    given = dict(zip(("scores", "labels", "sens"), biased(), strict=True))
+    fitted = GroupThresholds().fit(**given)
+    with pytest.raises(InvalidValue, match=message):
+        GroupThresholds().fit(**given | change)
+    if "labels" not in change:
+        with pytest.raises(InvalidValue, match=message):
+            fitted.predict(**{name: (given | change)[name] for name in ("scores", "sens")})

@@ -449,6 +449,38 @@ def changed(data: Data, **more) -> Data:
         ),
         (lambda d, t: TeacherOutputs(t.log_prob.exp()), "probabilities of node 0 sum to"),
         (lambda d, t: TeacherOutputs(t.log_prob, t.embedding[:5]), "for 240 nodes"),
+        (lambda d, t: FairDistiller(pupil(), t).fit(changed(d, sens=d.sens[:9])), r"sens has shape \(9,\); \(240,\)"),
+        (lambda d, t: FairDistiller(pupil(), t).fit(changed(d, y=d.y[:9])), r"y has shape \(9,\); \(240,\)"),
+        (
+            lambda d, t: FairDistiller(pupil(), t).fit(changed(d, val_mask=d.train_mask)),
+            "120 nodes, the first of them 0, are in train_mask and in val_mask",
+        ),
+        (
+            lambda d, t: FairDistiller(pupil(), t).fit(changed(d, y=torch.where(torch.arange(N) == 4, 2, d.y))),
+            "node 4 of train_mask has the label 2; the teacher knows the classes 0 … 1",
+        ),
+        (
+            lambda d, t: FairDistiller(pupil(), t).fit(changed(d, y=torch.where(torch.arange(N) == 6, -1, d.y))),
+            "node 6 of val_mask has the label -1",
+        ),
+        (lambda d, t: FairDistiller(pupil(), t, alpha=0, positive=2).fit(d), "positive = 2; the teacher knows"),
+        (lambda d, t: FairDistiller(pupil(), t).predict(d), "not fitted yet: call fit.data. first"),
+        (lambda d, t: with_columns(d.x, torch.zeros(9, 2)), "columns for 9 nodes behind the features of 240"),
+        (lambda d, t: statistical_parity_loss(t.prob[:9], d.sens), "rows: prob 9, sens 240"),
+        (lambda d, t: equal_opportunity_loss(t.prob, d.sens, d.y[:9]), "rows: prob 240, sens 240, labels 9"),
+        (lambda d, t: members(d.sens, among=d.y[:9] == 1), "rows: sens 240, among 9"),
+        (lambda d, t: statistical_parity_loss(t.prob, d.sens, torch.tensor([0, N])), "index names node 240; 0 … 239"),
+        (lambda d, t: statistical_parity_loss(t.prob, d.sens, torch.tensor([-1])), "index names node -1"),
+        *(
+            (lambda d, t, a=a: alternating_step(None, None, None, None, a, None, None), f"alpha = {a}; a finite number")
+            for a in (-1.0, float("nan"), float("inf"))
+        ),
+        (
+            lambda d, t: FairDistiller(SGCStudent(5, 2, 8), TeacherOutputs.of(GCN(3, 2, depth=1), d), GraphAKD()).fit(
+                d
+            ),
+            "give the teacher's",
+        ),
         (lambda d, t: GLNN(lam=1.5), "lam = 1.5; 0 … 1"),
         (lambda d, t: SoftKD(temperature=0), "temperature = 0; a finite number > 0"),
         (lambda d, t: SoftKD(label_weight=-1), "label_weight = -1; a finite number ≥ 0"),

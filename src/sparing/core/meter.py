@@ -293,7 +293,9 @@ def _gap(task: Task, outcomes: np.ndarray | None) -> Figure:
         compared = np.array([name is not None for name in groups.tolist()])
         groups, outcomes = groups[compared], outcomes[compared]
         if len(present := np.unique(groups)) < 2:
-            who = f"all {task.unit}s that are compared are in {str(present[0])!r}" if len(present) else "nobody is in one"
+            who = (
+                f"all {task.unit}s that are compared are in {str(present[0])!r}" if len(present) else "nobody is in one"
+            )
             return _none(task.headline.unit, f"a gap needs two groups; {who}")
     try:
         gap, interval, note = group_gap(outcomes, groups)

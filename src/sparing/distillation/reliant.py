@@ -103,7 +103,12 @@ def alternating_step(
         alpha: α ≥ 0; with 0 fairness changes nothing and is not computed.
         student_optimizer: of θ.
         proxy_optimizer: of the proxy.
+
+    Raises:
+        InvalidValue: another ``alpha``.
     """
+    if not 0 <= alpha < math.inf:
+        raise InvalidValue(f"alpha = {alpha}; a finite number ≥ 0 is expected")
     asked = fairness if alpha > 0 else None
     student_optimizer.zero_grad()
     outputs = answer(None if proxy is None else proxy.mean().detach())
@@ -288,8 +293,9 @@ class FairDistiller:
             keep_every: epochs between two states.
 
         Raises:
-            InvalidValue: another number of nodes than the teacher's or the proxy's; a sensitive attribute that is not
-                binary without ``groups``; a group without a node, or without a positive one for "eo", among the nodes
+            InvalidValue: another number of nodes than the teacher's, the proxy's, the labels' or the masks'; nodes that
+                both train and validate; a label, or ``positive``, that is none of the teacher's classes; a sensitive
+                attribute that is not binary without ``groups``; a group without a node, or without a positive one for "eo", among the nodes
                 that fairness is asked for; fairness of nodes that the student answers with their labels; outputs
                 that do not fit the framework.
             TrainingDiverged: a loss that is not finite.
@@ -365,7 +371,13 @@ class FairDistiller:
         return self
 
     def log_prob(self, data: Data) -> Float[Tensor, "n c"]:
-        """The fitted student's log-probabilities (N, C) of a graph's nodes; it may be another graph."""
+        """The fitted student's log-probabilities (N, C) of a graph's nodes; it may be another graph.
+
+        Raises:
+            InvalidValue: before :meth:`fit`.
+        """
+        if not hasattr(self, "proxy_"):
+            raise InvalidValue("this FairDistiller is not fitted yet: call fit(data) first")
         training = self.student.training
         try:
             self.student.eval()
@@ -409,13 +421,30 @@ class FairDistiller:
 
     def _lesson(self, data: Data) -> tuple[Lesson, Tensor, Tensor]:
         """What training may know, and the validation nodes with their labels."""
-        nodes = len(data.x)
-        if len(self.teacher.log_prob) != nodes:
-            raise InvalidValue(f"the teacher answered for {len(self.teacher.log_prob)} nodes; the graph has {nodes}")
+        nodes, classes = self.teacher.log_prob.shape
+        if len(data.x) != nodes:
+            raise InvalidValue(f"the teacher answered for {nodes} nodes; the graph has {len(data.x)}")
+        if self.positive >= classes:
+            raise InvalidValue(f"positive = {self.positive}; the teacher knows the classes 0 … {classes - 1}")
+        for name in ("y", "train_mask", "val_mask", "sens"):
+            found = getattr(data, name, None)
+            if found is not None and found.shape != (nodes,):
+                raise InvalidValue(f"{name} has shape {tuple(found.shape)}; ({nodes},) is expected, one for each node")
+        both = (data.train_mask & data.val_mask).nonzero().flatten()
+        if len(both):
+            raise InvalidValue(
+                f"{len(both)} nodes, the first of them {int(both[0])}, are in train_mask and in val_mask; an epoch is "
+                "chosen by nodes that nothing was learned from"
+            )
         train, val = (mask.nonzero().flatten() for mask in (data.train_mask, data.val_mask))
         for name, found in (("train_mask", train), ("val_mask", val)):
             if not len(found):
                 raise InvalidValue(f"{name} holds no node; at least one is expected")
+            for node in found[(data.y[found] < 0) | (data.y[found] >= classes)][:1].tolist():
+                raise InvalidValue(
+                    f"node {node} of {name} has the label {int(data.y[node])}; the teacher knows the classes 0 … "
+                    f"{classes - 1}"
+                )
         rest = (~data.train_mask).nonzero().flatten()
         return Lesson(self.teacher, data.edge_index, train, data.y[train], rest), val, data.y[val]
 
@@ -436,9 +465,6 @@ class FairDistiller:
         check_fair_nodes(self.student, self.fair_nodes, self.alpha)
         if getattr(data, "sens", None) is None:
             raise InvalidValue("the graph has no sensitive attribute: data.sens (N,) is expected, or alpha = 0")
-        classes = self.teacher.log_prob.shape[1]
-        if self.positive >= classes:
-            raise InvalidValue(f"positive = {self.positive}; the teacher knows the classes 0 … {classes - 1}")
         group_masks(data.sens.cpu().numpy(), self.groups)
         index = {"train": lesson.train, "unlabelled": lesson.unlabelled, "all": None}[self.fair_nodes]
         among = None
