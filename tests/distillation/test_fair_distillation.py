@@ -23,7 +23,7 @@ from sparing.distillation.fairness import (
 )
 from sparing.distillation.frameworks import CPF, GLNN, GraphAKD, SoftKD, StudentOutputs, TeacherOutputs
 from sparing.distillation.reliant import BiasProxy, FairDistiller, alternating_step
-from sparing.models.gnn import GCN
+from sparing.models.gnn import GAT, GCN, GraphSAGE
 from sparing.models.gnn_students import CPFStudent, GLNNStudent, SGCStudent, with_columns
 
 N = 240
@@ -278,6 +278,26 @@ def test_every_framework_distils_with_and_without_a_proxy(taught, name, proxy):
         share = data.y[data.val_mask].float().mean()
         assert max(scores) > -float(torch.distributions.Bernoulli(share).entropy()) + 0.01
     assert found.best_epoch_ == 1 + max(i for i, score in enumerate(scores) if score == max(scores))
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        lambda: GAT(3, 2, hidden=4, depth=2, heads=2),
+        lambda: GraphSAGE(3, 2, hidden=8, depth=3),
+        lambda: GraphSAGE(3, 2, hidden=8, aggregator="gcn"),
+    ],
+)
+def test_teachers_of_other_kinds_teach(taught, teacher):
+    data, _ = taught
+    torch.manual_seed(0)
+    outputs = TeacherOutputs.of(teacher(), data)
+    assert outputs.embedding.shape == (N, 8)
+    found = distilled((data, outputs), SGCStudent(5, 2, hidden=8), GraphAKD(), epochs=3, alpha=1.0)
+    assert found.predict(data).shape == (N,)
+    soft = distilled((data, outputs), alpha=0.0, proxy=False, epochs=150, lr=0.05, framework=SoftKD(label_weight=0))
+    assert soft.history_[-1].distillation < soft.history_[0].distillation
+    assert (soft.log_prob(data).exp() - outputs.prob).abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
