@@ -321,7 +321,7 @@ def test_a_student_that_answers_with_labels_is_made_fair_where_it_has_none(taugh
     assert FairDistiller(FRAMEWORKS["cpf"][1](2), teacher).fair_nodes == "unlabelled"
     assert FairDistiller(pupil(), teacher).fair_nodes == "train"
     asked = {"fair_nodes": "train", "epochs": 1}
-    with pytest.raises(InvalidValue, match="answers training nodes with their labels.*'unlabelled'"):
+    with pytest.raises(InvalidValue, match=r"answers training nodes with their labels.*'unlabelled'"):
         FairDistiller(FRAMEWORKS["cpf"][1](2), teacher, **asked).fit(data)
     FairDistiller(FRAMEWORKS["cpf"][1](2), teacher, alpha=0.0, **asked).fit(data)
 

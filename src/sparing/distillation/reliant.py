@@ -295,9 +295,9 @@ class FairDistiller:
         Raises:
             InvalidValue: another number of nodes than the teacher's, the proxy's, the labels' or the masks'; nodes that
                 both train and validate; a label, or ``positive``, that is none of the teacher's classes; a sensitive
-                attribute that is not binary without ``groups``; a group without a node, or without a positive one for "eo", among the nodes
-                that fairness is asked for; fairness of nodes that the student answers with their labels; outputs
-                that do not fit the framework.
+                attribute that is not binary without ``groups``; a group without a node, or without a positive one for
+                "eo", among the nodes that fairness is asked for; fairness of nodes that the student answers with their
+                labels; outputs that do not fit the framework.
             TrainingDiverged: a loss that is not finite.
         """
         whole("FairDistiller.fit", keep_every=keep_every)
