@@ -1,11 +1,14 @@
-"""Gaps between groups, beside counts by hand and scikit-learn's confusion matrices; thresholds after training."""
+"""Gaps between groups, beside counts by hand, scikit-learn and fairlearn; thresholds beside fairlearn's."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from fairlearn.metrics import demographic_parity_difference, equal_opportunity_difference
+from fairlearn.postprocessing import ThresholdOptimizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import confusion_matrix, recall_score
 
 from sparing.core.errors import InvalidValue
@@ -49,6 +52,10 @@ def test_gaps_are_those_of_confusion_matrices(rows: list[tuple[int, int, int]]):
     recalls = [recall_score(labels[sens == g], predicted[sens == g]) for g in (0, 1)]
     assert delta_sp(predicted, sens) == pytest.approx(abs(shares[0] - shares[1]))
     assert delta_eo(predicted, labels, sens) == pytest.approx(abs(recalls[0] - recalls[1]))
+    theirs = demographic_parity_difference(labels, predicted, sensitive_features=sens)
+    assert delta_sp(predicted, sens) == pytest.approx(theirs)
+    theirs = equal_opportunity_difference(labels, predicted, sensitive_features=sens)
+    assert delta_eo(predicted, labels, sens) == pytest.approx(theirs)
     assert delta_sp(predicted, 1 - sens) == delta_sp(predicted, sens)
     assert 0 <= delta_sp(predicted, sens) <= 1
     assert delta_sp(np.ones_like(predicted), sens) == 0
@@ -93,11 +100,68 @@ def test_thresholds_close_the_gap_and_keep_what_accuracy_they_can(metric):
     assert fitted.thresholds_[1] - fitted.thresholds_[0] == pytest.approx(0.8, abs=0.25)
 
 
+class Scores(ClassifierMixin, BaseEstimator):
+    """A fitted classifier whose scores are its inputs."""
+
+    classes_ = np.array([0, 1])
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def fit(self, x, y):
+        return self
+
+    def predict_proba(self, x):
+        p = 1 / (1 + np.exp(-np.asarray(x)[:, 0]))
+        return np.stack([1 - p, p], 1)
+
+
+@pytest.mark.parametrize(("metric", "constraint"), [("sp", "demographic_parity"), ("eo", "true_positive_rate_parity")])
+def test_thresholds_are_as_good_as_those_of_fairlearn_which_may_toss_coins(metric, constraint):
+    scores, labels, sens = biased()
+    x = scores[:, None]
+    theirs = ThresholdOptimizer(
+        estimator=Scores(), constraints=constraint, prefit=True, predict_method="predict_proba"
+    ).fit(x, labels, sensitive_features=sens)
+    decided = [theirs.predict(x, sensitive_features=sens, random_state=seed) for seed in range(20)]
+    ours = GroupThresholds(metric).fit(scores, labels, sens).predict(scores, sens)
+
+    def gap(predicted: np.ndarray) -> float:
+        return delta_sp(predicted, sens) if metric == "sp" else delta_eo(predicted, labels, sens)
+
+    accuracy = np.mean([(each == labels).mean() for each in decided])
+    assert (ours == labels).mean() == pytest.approx(accuracy, abs=0.005)
+    assert gap(ours) == pytest.approx(np.mean([gap(each) for each in decided]), abs=0.005)
+
+
 def test_thresholds_need_both_groups():
     scores, labels, sens = biased()
     with pytest.raises(InvalidValue, match="group 1 holds no unit"):
         GroupThresholds().fit(scores, labels, 0 * sens)
     with pytest.raises(InvalidValue, match="group 1 holds no positive unit"):
         GroupThresholds("eo").fit(scores, np.where(sens == 1, 0, labels), sens)
+    with pytest.raises(InvalidValue, match="not fitted yet: call fit"):
+        GroupThresholds().predict(scores, sens)
     with pytest.raises(InvalidValue, match="metric = 'dp'"):
         GroupThresholds("dp").fit(scores, labels, sens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sens": np.full(2000, 2)}, "sens of unit 0 is 2; 0 or 1"),
+        ({"sens": np.full(2000, -1)}, "sens of unit 0 is -1; 0 or 1"),
+        ({"sens": np.zeros(9, int)}, r"shapes: scores \(2000,\), .*sens \(9,\)"),
+        ({"scores": np.where(np.arange(2000) == 3, np.nan, 0.5)}, "scores of unit 3 is nan; a number"),
+        ({"labels": np.full(2000, 2)}, "labels of unit 0 is 2; 0 or 1"),
+        ({"labels": np.zeros((2000, 1), int)}, r"labels \(2000, 1\)"),
+    ],
+)
+def test_thresholds_take_numbers_and_two_groups_alone(change, message):
+    given = dict(zip(("scores", "labels", "sens"), biased(), strict=True))
+    fitted = GroupThresholds().fit(**given)
+    with pytest.raises(InvalidValue, match=message):
+        GroupThresholds().fit(**given | change)
+    if "labels" not in change:
+        with pytest.raises(InvalidValue, match=message):
+            fitted.predict(**{name: (given | change)[name] for name in ("scores", "sens")})

@@ -23,7 +23,7 @@ from sparing.distillation.fairness import (
 )
 from sparing.distillation.frameworks import CPF, GLNN, GraphAKD, SoftKD, StudentOutputs, TeacherOutputs
 from sparing.distillation.reliant import BiasProxy, FairDistiller, alternating_step
-from sparing.models.gnn import GCN
+from sparing.models.gnn import GAT, GCN, GraphSAGE
 from sparing.models.gnn_students import CPFStudent, GLNNStudent, SGCStudent, with_columns
 
 N = 240
@@ -272,12 +272,58 @@ def test_every_framework_distils_with_and_without_a_proxy(taught, name, proxy):
         assert found.history_[-1].distillation < found.history_[0].distillation
     assert (found.proxy_ is None) == (not proxy)
     agree = (found.predict(data) == teacher.log_prob.argmax(1)).float().mean()
-    assert agree > (0.5 if adversarial else 0.6)
+    assert agree > (0.6 if isinstance(framework, GLNN | SoftKD) else 0.5)  # a weight of 1000 asks CPF for much else
     scores = [score for _, score in found.validation_]
     if adversarial:  # a student that says the same of everybody may agree as often, but is no surer than its base rate
         share = data.y[data.val_mask].float().mean()
         assert max(scores) > -float(torch.distributions.Bernoulli(share).entropy()) + 0.01
     assert found.best_epoch_ == 1 + max(i for i, score in enumerate(scores) if score == max(scores))
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        lambda: GAT(3, 2, hidden=4, depth=2, heads=2),
+        lambda: GraphSAGE(3, 2, hidden=8, depth=3),
+        lambda: GraphSAGE(3, 2, hidden=8, aggregator="gcn"),
+    ],
+)
+def test_teachers_of_other_kinds_teach(taught, teacher):
+    data, _ = taught
+    torch.manual_seed(0)
+    outputs = TeacherOutputs.of(teacher(), data)
+    assert outputs.embedding.shape == (N, 8)
+    found = distilled((data, outputs), SGCStudent(5, 2, hidden=8), GraphAKD(), epochs=3, alpha=1.0)
+    assert found.predict(data).shape == (N,)
+    soft = distilled((data, outputs), alpha=0.0, proxy=False, epochs=150, lr=0.05, framework=SoftKD(label_weight=0))
+    assert soft.history_[-1].distillation < soft.history_[0].distillation
+    assert (soft.log_prob(data).exp() - outputs.prob).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_fairness_moves_the_student_and_the_proxy_of_every_framework(taught, name):
+    data, _ = taught
+    framework, make = FRAMEWORKS[name]
+
+    def fit(alpha: float) -> FairDistiller:
+        torch.manual_seed(0)
+        return distilled(taught, make(2), framework, alpha=alpha, epochs=5, validate_every=5)
+
+    plain, fair = fit(0.0), fit(framework.alpha)
+    rest = ~data.train_mask
+    assert not torch.allclose(plain.log_prob(data)[rest], fair.log_prob(data)[rest], atol=1e-5)
+    assert not torch.allclose(plain.full_proxy_, fair.full_proxy_, atol=1e-5)
+    assert len({losses.student_fairness for losses in fair.history_}) == 5  # no constant
+
+
+def test_a_student_that_answers_with_labels_is_made_fair_where_it_has_none(taught):
+    data, teacher = taught
+    assert FairDistiller(FRAMEWORKS["cpf"][1](2), teacher).fair_nodes == "unlabelled"
+    assert FairDistiller(pupil(), teacher).fair_nodes == "train"
+    asked = {"fair_nodes": "train", "epochs": 1}
+    with pytest.raises(InvalidValue, match=r"answers training nodes with their labels.*'unlabelled'"):
+        FairDistiller(FRAMEWORKS["cpf"][1](2), teacher, **asked).fit(data)
+    FairDistiller(FRAMEWORKS["cpf"][1](2), teacher, alpha=0.0, **asked).fit(data)
 
 
 def test_the_best_epochs_proxy_comes_with_its_weights(taught):
@@ -353,6 +399,26 @@ def test_a_killed_training_ends_with_the_same_bits(taught, name):
     assert torch.equal(again.full_proxy_, whole.full_proxy_)
 
 
+def test_a_training_that_patience_ended_goes_on_to_the_same_bits(taught):
+    data, teacher = taught
+    keeper = Keeper(lives=1000)
+
+    def end() -> FairDistiller:
+        settings = {"proxy": False, "alpha": 0.0, "epochs": 400, "lr": 0.5, "patience": 5}
+        return FairDistiller(pupil(0), teacher, SoftKD(), **settings).fit(data, keeper, keep_every=1)
+
+    once, again = end(), end()
+    assert len(once.history_) == once.best_epoch_ + 5 < 400
+    assert again.validation_ == once.validation_
+    assert torch.equal(again.log_prob(data), once.log_prob(data))
+
+
+def test_patience_waits_for_a_first_validation(taught):
+    found = distilled(taught, alpha=0.0, epochs=30, patience=3, validate_every=8)
+    assert [epoch for epoch, _ in found.validation_] == [8]
+    assert found.best_epoch_ == 8
+
+
 def changed(data: Data, **more) -> Data:
     other = data.clone()
     for name, value in more.items():
@@ -365,7 +431,7 @@ def changed(data: Data, **more) -> Data:
     [
         (lambda d, t: FairDistiller(pupil(), t, SoftKD(), -1.0), "alpha = -1.0; a finite number ≥ 0"),
         (lambda d, t: FairDistiller(pupil(), t, SoftKD(), metric="dp"), "metric = 'dp'; one of sp, eo"),
-        (lambda d, t: FairDistiller(pupil(), t, fair_nodes="test"), "fair_nodes = 'test'; one of train"),
+        (lambda d, t: FairDistiller(pupil(), t, fair_nodes="test"), "fair_nodes = 'test'; one of None, train"),
         (lambda d, t: FairDistiller(pupil(), t, step="hard"), "step = 'hard'"),
         (lambda d, t: FairDistiller(pupil(), t, lr=0), "lr = 0; a finite number > 0"),
         (lambda d, t: FairDistiller(pupil(), t, SoftKD(), proxy=BiasProxy(9)).fit(d), "for 9 nodes; the graph has 240"),
@@ -403,6 +469,38 @@ def changed(data: Data, **more) -> Data:
         ),
         (lambda d, t: TeacherOutputs(t.log_prob.exp()), "probabilities of node 0 sum to"),
         (lambda d, t: TeacherOutputs(t.log_prob, t.embedding[:5]), "for 240 nodes"),
+        (lambda d, t: FairDistiller(pupil(), t).fit(changed(d, sens=d.sens[:9])), r"sens has shape \(9,\); \(240,\)"),
+        (lambda d, t: FairDistiller(pupil(), t).fit(changed(d, y=d.y[:9])), r"y has shape \(9,\); \(240,\)"),
+        (
+            lambda d, t: FairDistiller(pupil(), t).fit(changed(d, val_mask=d.train_mask)),
+            "120 nodes, the first of them 0, are in train_mask and in val_mask",
+        ),
+        (
+            lambda d, t: FairDistiller(pupil(), t).fit(changed(d, y=torch.where(torch.arange(N) == 4, 2, d.y))),
+            "node 4 of train_mask has the label 2; the teacher knows the classes 0 … 1",
+        ),
+        (
+            lambda d, t: FairDistiller(pupil(), t).fit(changed(d, y=torch.where(torch.arange(N) == 6, -1, d.y))),
+            "node 6 of val_mask has the label -1",
+        ),
+        (lambda d, t: FairDistiller(pupil(), t, alpha=0, positive=2).fit(d), "positive = 2; the teacher knows"),
+        (lambda d, t: FairDistiller(pupil(), t).predict(d), "not fitted yet: call fit.data. first"),
+        (lambda d, t: with_columns(d.x, torch.zeros(9, 2)), "columns for 9 nodes behind the features of 240"),
+        (lambda d, t: statistical_parity_loss(t.prob[:9], d.sens), "rows: prob 9, sens 240"),
+        (lambda d, t: equal_opportunity_loss(t.prob, d.sens, d.y[:9]), "rows: prob 240, sens 240, labels 9"),
+        (lambda d, t: members(d.sens, among=d.y[:9] == 1), "rows: sens 240, among 9"),
+        (lambda d, t: statistical_parity_loss(t.prob, d.sens, torch.tensor([0, N])), "index names node 240; 0 … 239"),
+        (lambda d, t: statistical_parity_loss(t.prob, d.sens, torch.tensor([-1])), "index names node -1"),
+        *(
+            (lambda d, t, a=a: alternating_step(None, None, None, None, a, None, None), f"alpha = {a}; a finite number")
+            for a in (-1.0, float("nan"), float("inf"))
+        ),
+        (
+            lambda d, t: FairDistiller(SGCStudent(5, 2, 8), TeacherOutputs.of(GCN(3, 2, depth=1), d), GraphAKD()).fit(
+                d
+            ),
+            "give the teacher's",
+        ),
         (lambda d, t: GLNN(lam=1.5), "lam = 1.5; 0 … 1"),
         (lambda d, t: SoftKD(temperature=0), "temperature = 0; a finite number > 0"),
         (lambda d, t: SoftKD(label_weight=-1), "label_weight = -1; a finite number ≥ 0"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import sparing
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, SparingError
 from sparing.core.fairness import delta_eo, delta_sp
+from sparing.core.meter import Meter
 from sparing.core.predictor import ModulePredictor
 from sparing.core.registry import resolve
 from sparing.data.node_tables import save_node_table
@@ -60,7 +61,43 @@ def test_a_group_without_anybody_has_no_gap():
     assert np.isnan(found.metrics["delta_sp"])
     assert np.isnan(found.metrics["accuracy of b"])
     assert np.isfinite(found.metrics["accuracy of a"])
-    assert task.groups.tolist() == ["neither"] * 3 + ["a"] * 27
+    assert task.groups.tolist() == [None] * 3 + ["a"] * 27
+    rows = sparing.run(task=Alone(), steps=[sparing.Train(epochs=1)], meter=QUICK).ledger.rows
+    figure = rows[-1].figures["accuracy gap between groups"]
+    assert figure.how == "n.a."
+    assert figure.note == "a gap needs two groups; all nodes that are compared are in 'a'"
+
+
+def test_people_in_neither_group_stay_out_of_the_gap():
+    class Some(TinyPeople):
+        def read(self, root):
+            data = super().read(root)
+            data.sens[90:96] = -1
+            return data
+
+    task = Some()
+    test = task.splits().test
+    found = Meter(**QUICK).quality(task, ModulePredictor(task.default_model(), task), test)
+    sens = test.sens[test.nodes].numpy()
+    shares = [found.outcomes[sens == group].mean() for group in (0, 1)]
+    figure = found.figures["accuracy gap between groups"]
+    assert figure.value == pytest.approx(abs(shares[0] - shares[1]))
+    assert figure.note.count("(n=12)") == 2
+    assert len(found.outcomes) == 30
+
+
+def test_groups_are_those_of_the_graph_that_was_asked_for_last():
+    class Two(TinyPeople):
+        def read(self, root):
+            data = super().read(root)
+            if root is not None:
+                data.test_mask[:95] = False
+            return data
+
+    task = Two()
+    for root, count in ((None, 30), (Path("elsewhere"), 25), (None, 30)):
+        task.splits(root)
+        assert len(task.groups) == count
 
 
 def test_groups_must_be_there_and_be_two():
@@ -157,6 +194,23 @@ def test_what_cannot_be_distilled_fairly_is_refused():
         sparing.run(task=TinyPeople(), steps=unused, meter=QUICK)
 
 
+@pytest.mark.parametrize("proxy", [True, False])
+def test_planning_says_what_no_student_can_be_made_of(proxy: bool):
+    def plan(**fields):
+        sparing.DistilFair(teacher="teacher", **fields).check(TinyPeople())
+
+    labelled = {"framework": "cpf", "student": "cpf", "proxy": proxy, "fair_nodes": "train"}
+    with pytest.raises(InvalidValue, match="answers training nodes with their labels"):
+        plan(**labelled)
+    with pytest.raises(sparing.RecipeError, match="answers training nodes with their labels"):
+        sparing.run(task=TinyPeople(), steps=[TEACHER, sparing.DistilFair(teacher="teacher", **labelled)], meter=QUICK)
+    plan(**labelled | {"alpha": 0})
+    plan(**labelled | {"fair_nodes": None})
+    with pytest.raises(InvalidValue, match="GLNNStudent has no method 'embed'"):
+        plan(framework="graphakd", student=STUDENT, proxy=proxy)
+    plan(framework="graphakd", student="sgc_student", proxy=proxy)
+
+
 def test_a_table_of_ones_own(tmp_path: Path):
     task = own(tmp_path, drop=["until"], labels=["left", "stayed"])
     splits = task.splits()
@@ -173,21 +227,21 @@ def test_a_table_of_ones_own(tmp_path: Path):
     assert (edges[0] == edges[1]).sum() == 120
     assert edges.shape[1] == task.example_edges
     assert own(tmp_path, positive=5).positive == 0
-    assert sorted(set(task.groups)) == ["0", "2", "neither"]
+    assert set(task.groups) == {"0", "2", None}
 
 
-def test_a_column_that_tells_the_answer_is_warned_of(tmp_path: Path):
+def test_a_column_that_tells_the_answer_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     task = own(tmp_path)
     with pytest.raises(SparingError, match="leaks are known once"):
         _ = task.leaks
-    with pytest.warns(UserWarning, match=r"columns that alone predict the label.*'until' \(1\.0.*drop leaves them out"):
-        task.splits()
+    task.splits()
+    (told,) = caplog.messages
+    assert re.search(r"^node_table:people: columns that alone predict .*'until' \(1\.0.*drop leaves them out$", told)
     assert list(task.leaks) == ["until"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        honest = own(tmp_path, drop=["until"])
-        honest.splits()
+    honest = own(tmp_path, drop=["until"])
+    honest.splits()
     assert honest.leaks == {}
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -211,10 +265,8 @@ def test_a_wrong_table_is_named(tmp_path: Path, fields: dict, message: str):
         task.splits()
         return task.positive, task.labels
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the column that tells
-        with pytest.raises(SparingError, match=message):
-            use()
+    with pytest.raises(SparingError, match=message):
+        use()
 
 
 def test_recidivism_is_honest_by_default(data_root: Path):
@@ -228,8 +280,10 @@ def test_recidivism_is_honest_by_default(data_root: Path):
         resolve("tasks", "recidivism")(drop=["TIMES"])
 
 
-def test_time_alone_tells_who_came_back(data_root: Path):
+def test_time_alone_tells_who_came_back(data_root: Path, caplog: pytest.LogCaptureFixture):
     task = resolve("tasks", "recidivism")(drop=[])
-    with pytest.warns(UserWarning, match=r"recidivism: columns that alone predict the label.*'TIME' \(0\.99"):
-        task.splits(data_root)
+    task.splits(data_root)
     assert list(task.leaks) == ["TIME"]
+    (told,) = caplog.messages
+    page = (Path(__file__).parents[2] / "docs" / "systems" / "reliant.md").read_text(encoding="utf-8")
+    assert told in " ".join(page.split())

@@ -144,8 +144,10 @@ class GroupThresholds:
         """Scores (n,), higher is more positive, labels (n,) and groups (n,), both 0 or 1.
 
         Raises:
-            InvalidValue: a group without a unit, for "eo" without a positive one; another metric.
+            InvalidValue: a group without a unit, for "eo" without a positive one; lengths that differ; a score that is
+                NaN, a label or group that is not 0 or 1; another metric.
         """
+        scores, labels, sens = _units(scores=scores, labels=labels, sens=sens)
         if self.metric not in ("sp", "eo"):
             raise InvalidValue(f'metric = {self.metric!r}; "sp" or "eo" is expected')
         members = group_masks(sens)
@@ -166,8 +168,25 @@ class GroupThresholds:
         return self
 
     def predict(self, scores: Float[ndarray, " n"], sens: Integer[ndarray, " n"]) -> Integer[ndarray, " n"]:
-        """Decisions (n,), 0 or 1, for scores (n,) and groups (n,)."""
-        return (scores >= self.thresholds_[np.asarray(sens, dtype=np.int64)]).astype(np.int64)
+        """Decisions (n,), 0 or 1, for scores (n,) and groups (n,); what :meth:`fit` refuses is refused here, too."""
+        if not hasattr(self, "thresholds_"):
+            raise InvalidValue("these GroupThresholds are not fitted yet: call fit(scores, labels, sens) first")
+        scores, sens = _units(scores=scores, sens=sens)
+        return (scores >= self.thresholds_[sens.astype(np.int64)]).astype(np.int64)
+
+
+def _units(**given: Any) -> tuple[ndarray, ...]:
+    """Arrays with one number for each unit: scores, and others that are 0 or 1."""
+    arrays = {name: np.asarray(numbers) for name, numbers in given.items()}
+    if any(array.ndim != 1 or len(array) != len(arrays["scores"]) for array in arrays.values()):
+        found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise InvalidValue(f"shapes: {found}; (n,), one number for each unit, is expected of all")
+    for name, array in arrays.items():
+        wrong = np.isnan(array) if name == "scores" else ~np.isin(array, (0, 1))
+        for unit in np.flatnonzero(wrong)[:1]:
+            expected = "a number" if name == "scores" else "0 or 1"
+            raise InvalidValue(f"{name} of unit {unit} is {array[unit]}; {expected} is expected")
+    return tuple(arrays.values())
 
 
 def _threshold(falling: ndarray, share: float) -> float:

@@ -288,8 +288,17 @@ def _metrics(
 def _gap(task: Task, outcomes: np.ndarray | None) -> Figure:
     if outcomes is None:
         return _none(task.headline.unit, "the headline has no outcome for each unit")
+    groups = np.asarray(task.groups)
+    if groups.shape == outcomes.shape:  # other shapes are refused below
+        compared = np.array([name is not None for name in groups.tolist()])
+        groups, outcomes = groups[compared], outcomes[compared]
+        if len(present := np.unique(groups)) < 2:
+            who = (
+                f"all {task.unit}s that are compared are in {str(present[0])!r}" if len(present) else "nobody is in one"
+            )
+            return _none(task.headline.unit, f"a gap needs two groups; {who}")
     try:
-        gap, interval, note = group_gap(outcomes, np.asarray(task.groups))
+        gap, interval, note = group_gap(outcomes, groups)
     except InvalidValue as error:
         raise SparingError(f"task {task.name!r}: {error}") from error
     return Figure(gap, task.headline.unit, "measured", "lower", interval, note)

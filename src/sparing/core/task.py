@@ -136,7 +136,7 @@ class Task(ABC):
 
     @property
     def groups(self) -> Any:
-        """Group membership of each test unit (n_units,) for fairness columns, or None."""
+        """Group of each test unit (n_units,) for fairness columns, None for a unit that is in none; or None at all."""
         return None
 
     def fingerprint(self) -> str:

@@ -60,8 +60,9 @@ class DistilFair(Step):
     """Whether there is a proxy of bias."""
     proxy_dim: int = Field(default=2, ge=1)
     """Columns of the proxy, q."""
-    fair_nodes: Literal["train", "unlabelled", "all"] = "train"
-    """The nodes that fairness is asked for."""
+    fair_nodes: Literal["train", "unlabelled", "all"] | None = None
+    """The nodes that fairness is asked for; None: "unlabelled" for the student ``cpf``, which answers training nodes
+    with their labels, and "train" for any other."""
     soft_step: Literal["reference", "legendre", "sigmoid"] = "reference"
     """The smooth stand-in for a decision."""
     epochs: int | None = Field(default=None, ge=1)
@@ -108,14 +109,24 @@ class DistilFair(Step):
             raise InvalidValue(f"framework_args = {self.framework_args!r}: {error}") from None
 
     def check(self, task: Task) -> None:
-        """The student can be built."""
+        """The student can be built, has what the framework compares, and can be made fair on the nodes asked for."""
         from sparing.core.predictor import outline
+        from sparing.distillation.reliant import check_embedding, check_fair_nodes
 
         super().check(task)
         if not self.needs <= task.capabilities:  # planning says so
             return
         fields = task.model_fields()
-        outline(lambda: self._build(fields["in_features"], fields["num_classes"], fields.get("num_nodes", 1)))
+        built = outline(lambda: self._build(fields["in_features"], fields["num_classes"], fields.get("num_nodes", 1)))
+        student, framework = self._student_in(built), self._framework()
+        check_fair_nodes(student, self.fair_nodes, framework.alpha if self.alpha is None else self.alpha)
+        if framework.needs_embedding:
+            check_embedding(student)
+
+    def _student_in(self, model: Any) -> nn.Module:
+        """What is trained of the model that is handed on."""
+        student: nn.Module = model.student if self.proxy else model
+        return student
 
     def _build(self, in_features: int, num_classes: int, num_nodes: int) -> nn.Module:
         """The model that is handed on, untrained."""
@@ -171,9 +182,8 @@ class DistilFair(Step):
     def _distiller(self, model: nn.Module, job: Job, taught: TeacherOutputs) -> FairDistiller:
         from sparing.distillation.reliant import FairDistiller
 
-        student: Any = model.student if self.proxy else model
         return FairDistiller(
-            student,
+            self._student_in(model),
             taught,
             self._framework(),
             self.alpha,

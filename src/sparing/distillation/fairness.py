@@ -66,6 +66,13 @@ def soft_step(p: Float[Tensor, "*n"], kind: StepKind = "reference") -> Float[Ten
     return found
 
 
+def _one_each(**given: Tensor) -> None:
+    """Refuse tensors that do not have a row for each node."""
+    if len({len(rows) for rows in given.values()}) > 1:
+        found = ", ".join(f"{name} {len(rows)}" for name, rows in given.items())
+        raise InvalidValue(f"rows: {found}; one for each node is expected of all")
+
+
 def members(
     sens: Shaped[Tensor, " n"],
     index: Shaped[Tensor, " k"] | None = None,
@@ -82,15 +89,20 @@ def members(
         groups: the two values that are compared; None: 0 and 1, and there are no others.
 
     Raises:
-        InvalidValue: a group of which nobody is in the set; see also :func:`~sparing.core.fairness.group_masks`.
+        InvalidValue: a group of which nobody is in the set; a node that does not exist; see also
+            :func:`~sparing.core.fairness.group_masks`.
     """
     n = len(sens)
+    if among is not None:
+        _one_each(sens=sens, among=among)
     if index is None:
         index = torch.arange(n, device=sens.device)
     elif index.dtype == torch.bool:
         if len(index) != n:
             raise InvalidValue(f"a mask of {len(index)} nodes for {n} values of the sensitive attribute")
         index = index.nonzero().flatten()
+    for node in index[(index < 0) | (index >= n)][:1].tolist():
+        raise InvalidValue(f"index names node {node}; 0 … {n - 1} is expected")
     found = []
     for number, inside in enumerate(group_masks(sens[index].cpu().numpy(), groups)):
         chosen = index[torch.from_numpy(inside).to(index.device)]
@@ -141,8 +153,9 @@ def statistical_parity_loss(
         groups: the two values that are compared; None: 0 and 1, and there are no others.
 
     Raises:
-        InvalidValue: see :func:`members`.
+        InvalidValue: as many probabilities as values of the attribute there are not; see also :func:`members`.
     """
+    _one_each(prob=prob, sens=sens)
     return parity_gap(prob, *members(sens, index, groups=groups), step)
 
 
@@ -160,4 +173,5 @@ def equal_opportunity_loss(
 
     A label is looked at only where ``index`` says; give no node whose label training must not see.
     """
+    _one_each(prob=prob, sens=sens, labels=labels)
     return parity_gap(prob, *members(sens, index, among=labels == positive, groups=groups), step)

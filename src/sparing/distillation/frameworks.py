@@ -70,8 +70,8 @@ class TeacherOutputs:
 
     @classmethod
     def of(cls, model: nn.Module, data: Data) -> TeacherOutputs:
-        """The answers of a network ``(x, edge_index)`` → logits in evaluation mode; its embedding, if it has one, is
-        what its method ``embed`` gives."""
+        """The answers of a network ``(x, edge_index)`` → logits in evaluation mode; its embedding is what its method
+        ``embed`` gives, None without such a method or where it refuses, as that of a network of one layer does."""
         training = model.training
         try:
             model.eval()
@@ -81,7 +81,10 @@ class TeacherOutputs:
                 model(data.x, data.edge_index)
                 seconds = time.perf_counter() - start
                 embed: Any = getattr(model, "embed", None)
-                embedding = None if embed is None else embed(data.x, data.edge_index)
+                try:
+                    embedding = None if embed is None else embed(data.x, data.edge_index)
+                except InvalidValue:  # no inner layer
+                    embedding = None
         finally:
             model.train(training)
         count = sum(p.numel() for p in model.parameters())

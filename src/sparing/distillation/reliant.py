@@ -103,7 +103,12 @@ def alternating_step(
         alpha: α ≥ 0; with 0 fairness changes nothing and is not computed.
         student_optimizer: of θ.
         proxy_optimizer: of the proxy.
+
+    Raises:
+        InvalidValue: another ``alpha``.
     """
+    if not 0 <= alpha < math.inf:
+        raise InvalidValue(f"alpha = {alpha}; a finite number ≥ 0 is expected")
     asked = fairness if alpha > 0 else None
     student_optimizer.zero_grad()
     outputs = answer(None if proxy is None else proxy.mean().detach())
@@ -127,15 +132,20 @@ def outputs_of(student: nn.Module, x: Tensor, edge_index: Tensor, embedding: boo
     """What a student says of a graph: logits, and with ``embedding`` what its ``embed`` gives and ``head`` takes."""
     if not embedding:
         return StudentOutputs(student(x, edge_index))
+    check_embedding(student)
+    inner: Any = student
+    embedded = inner.embed(x, edge_index)
+    return StudentOutputs(inner.head(embedded, edge_index), embedded)
+
+
+def check_embedding(student: nn.Module) -> None:
+    """Raise :class:`InvalidValue` for a student that gives no embedding to compare."""
     for method in ("embed", "head"):
         if not callable(getattr(student, method, None)):
             raise InvalidValue(
                 f"{type(student).__name__} has no method {method!r}: this framework compares embeddings, and needs a "
                 "student with embed(x, edge_index) and head(embedding, edge_index), as SGCStudent"
             )
-    inner: Any = student
-    embedded = inner.embed(x, edge_index)
-    return StudentOutputs(inner.head(embedded, edge_index), embedded)
 
 
 def quality(
@@ -164,6 +174,15 @@ def quality(
     }
 
 
+def check_fair_nodes(student: nn.Module, fair_nodes: FairNodes | None, alpha: float) -> None:
+    """Raise :class:`InvalidValue` where no weight of the student moves what fairness is asked for."""
+    if alpha > 0 and fair_nodes == "train" and isinstance(student, CPFStudent):
+        raise InvalidValue(
+            "fair_nodes = 'train'; a CPFStudent answers training nodes with their labels, so that their fairness loss "
+            "is a constant: 'unlabelled', which None stands for, or 'all' is expected"
+        )
+
+
 class FairDistiller:
     """Distils a graph network into a student, with RELIANT's fairness or without.
 
@@ -177,7 +196,9 @@ class FairDistiller:
             and the teacher's predictions on all others.
         proxy: False: no proxy columns, so that with ``alpha`` the fairness loss is all there is. Or a
             :class:`BiasProxy` to begin with.
-        fair_nodes: what fairness is asked for: "train", "unlabelled" or "all" nodes.
+        fair_nodes: what fairness is asked for: "train", "unlabelled" or "all" nodes. None: "unlabelled" for a
+            :class:`~sparing.models.gnn_students.CPFStudent`, which answers training nodes with their labels whatever
+            it learns, and "train" for any other student.
         step: the soft decision, see :func:`~sparing.distillation.fairness.soft_step`.
         groups: the two values of the sensitive attribute that are compared; nodes with others count for distillation
             alone. None: 0 and 1, and there are no others.
@@ -214,7 +235,7 @@ class FairDistiller:
         alpha: float | None = None,
         metric: Literal["sp", "eo"] = "sp",
         proxy: bool | BiasProxy = True,
-        fair_nodes: FairNodes = "train",
+        fair_nodes: FairNodes | None = None,
         step: StepKind = "reference",
         *,
         groups: Sequence[Any] | None = None,
@@ -249,12 +270,13 @@ class FairDistiller:
         whole("FairDistiller", at_least=0, positive=positive)
         for name, word, known in (
             ("metric", metric, ("sp", "eo")),
-            ("fair_nodes", fair_nodes, ("train", "unlabelled", "all")),
+            ("fair_nodes", fair_nodes, (None, "train", "unlabelled", "all")),
         ):
             if word not in known:
-                raise InvalidValue(f"{name} = {word!r}; one of {', '.join(known)} is expected")
+                raise InvalidValue(f"{name} = {word!r}; one of {', '.join(map(str, known))} is expected")
         soft_step(torch.zeros(1), step)
-        self.metric, self.proxy, self.fair_nodes, self.step = metric, proxy, fair_nodes, step
+        self.metric, self.proxy, self.step = metric, proxy, step
+        self.fair_nodes = fair_nodes or ("unlabelled" if isinstance(student, CPFStudent) else "train")
         self.groups, self.positive, self.proxy_dim = groups, positive, proxy_dim
         self.proxy_weight_decay, self.validate_every, self.seed = proxy_weight_decay, validate_every, seed
 
@@ -271,9 +293,11 @@ class FairDistiller:
             keep_every: epochs between two states.
 
         Raises:
-            InvalidValue: another number of nodes than the teacher's or the proxy's; a sensitive attribute that is not
-                binary without ``groups``; a group without a node, or without a positive one for "eo", among the nodes
-                that fairness is asked for; outputs that do not fit the framework.
+            InvalidValue: another number of nodes than the teacher's, the proxy's, the labels' or the masks'; nodes that
+                both train and validate; a label, or ``positive``, that is none of the teacher's classes; a sensitive
+                attribute that is not binary without ``groups``; a group without a node, or without a positive one for
+                "eo", among the nodes that fairness is asked for; fairness of nodes that the student answers with their
+                labels; outputs that do not fit the framework.
             TrainingDiverged: a loss that is not finite.
         """
         whole("FairDistiller.fit", keep_every=keep_every)
@@ -308,6 +332,8 @@ class FairDistiller:
             with isolated_rng("look", self.seed), torch.no_grad():
                 self.framework.check(answer(None if proxy is None else proxy.mean()), lesson)
             for epoch in range(kept.epochs, self.epochs):
+                if kept.validation and epoch - kept.best_epoch >= self.patience:
+                    break  # here, so that a training that goes on after its end does not learn further
                 with isolated_rng(derive_seed("epoch", self.seed, epoch)):
                     student.train()
                     if helper is not None:
@@ -335,8 +361,6 @@ class FairDistiller:
                 kept.keep()
                 if bar.due and sys.stderr.isatty():
                     bar.draw(epoch + 1, self.epochs, f"distilling, loss {losses.distillation:.4g}")
-                if epoch + 1 - kept.best_epoch >= self.patience:
-                    break
         finally:
             bar.stop()
             student.train(training)
@@ -347,7 +371,13 @@ class FairDistiller:
         return self
 
     def log_prob(self, data: Data) -> Float[Tensor, "n c"]:
-        """The fitted student's log-probabilities (N, C) of a graph's nodes; it may be another graph."""
+        """The fitted student's log-probabilities (N, C) of a graph's nodes; it may be another graph.
+
+        Raises:
+            InvalidValue: before :meth:`fit`.
+        """
+        if not hasattr(self, "proxy_"):
+            raise InvalidValue("this FairDistiller is not fitted yet: call fit(data) first")
         training = self.student.training
         try:
             self.student.eval()
@@ -391,13 +421,30 @@ class FairDistiller:
 
     def _lesson(self, data: Data) -> tuple[Lesson, Tensor, Tensor]:
         """What training may know, and the validation nodes with their labels."""
-        nodes = len(data.x)
-        if len(self.teacher.log_prob) != nodes:
-            raise InvalidValue(f"the teacher answered for {len(self.teacher.log_prob)} nodes; the graph has {nodes}")
+        nodes, classes = self.teacher.log_prob.shape
+        if len(data.x) != nodes:
+            raise InvalidValue(f"the teacher answered for {nodes} nodes; the graph has {len(data.x)}")
+        if self.positive >= classes:
+            raise InvalidValue(f"positive = {self.positive}; the teacher knows the classes 0 … {classes - 1}")
+        for name in ("y", "train_mask", "val_mask", "sens"):
+            found = getattr(data, name, None)
+            if found is not None and found.shape != (nodes,):
+                raise InvalidValue(f"{name} has shape {tuple(found.shape)}; ({nodes},) is expected, one for each node")
+        both = (data.train_mask & data.val_mask).nonzero().flatten()
+        if len(both):
+            raise InvalidValue(
+                f"{len(both)} nodes, the first of them {int(both[0])}, are in train_mask and in val_mask; an epoch is "
+                "chosen by nodes that nothing was learned from"
+            )
         train, val = (mask.nonzero().flatten() for mask in (data.train_mask, data.val_mask))
         for name, found in (("train_mask", train), ("val_mask", val)):
             if not len(found):
                 raise InvalidValue(f"{name} holds no node; at least one is expected")
+            for node in found[(data.y[found] < 0) | (data.y[found] >= classes)][:1].tolist():
+                raise InvalidValue(
+                    f"node {node} of {name} has the label {int(data.y[node])}; the teacher knows the classes 0 … "
+                    f"{classes - 1}"
+                )
         rest = (~data.train_mask).nonzero().flatten()
         return Lesson(self.teacher, data.edge_index, train, data.y[train], rest), val, data.y[val]
 
@@ -415,11 +462,9 @@ class FairDistiller:
         """Probabilities (N, C) → L_fair."""
         if self.alpha == 0:
             return None
+        check_fair_nodes(self.student, self.fair_nodes, self.alpha)
         if getattr(data, "sens", None) is None:
             raise InvalidValue("the graph has no sensitive attribute: data.sens (N,) is expected, or alpha = 0")
-        classes = self.teacher.log_prob.shape[1]
-        if self.positive >= classes:
-            raise InvalidValue(f"positive = {self.positive}; the teacher knows the classes 0 … {classes - 1}")
         group_masks(data.sens.cpu().numpy(), self.groups)
         index = {"train": lesson.train, "unlabelled": lesson.unlabelled, "all": None}[self.fair_nodes]
         among = None

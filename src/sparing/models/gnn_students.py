@@ -362,5 +362,12 @@ def student_fields(name: str, in_features: int, num_classes: int, proxy_dim: int
 
 
 def with_columns(x: Float[Tensor, "n f"], columns: Float[Tensor, "*n q"]) -> Float[Tensor, "n fq"]:
-    """[X, P]: features (N, F) and columns behind them, one row (q,) for all nodes or a row for each (N, q)."""
+    """[X, P]: features (N, F) and columns behind them, one row (q,) for all nodes or a row for each (N, q).
+
+    Raises :class:`InvalidValue` for columns of other nodes.
+    """
+    if columns.ndim == 2 and len(columns) != len(x):
+        raise InvalidValue(
+            f"columns for {len(columns)} nodes behind the features of {len(x)}; one row each is expected"
+        )
     return torch.cat([x, columns if columns.ndim == 2 else columns.expand(x.shape[0], -1)], 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Data
 
+log = logging.getLogger("sparing")
+
 
 class GroupedNodeClassification(NodeClassification):
     """Classes of nodes in two groups; headline: accuracy, beside it gaps between the groups.
 
     Further metrics are "auc" (of the positive class against all others), "delta_sp" and "delta_eo" (see
     :mod:`sparing.core.fairness`) and the accuracy of each group. The graph that :meth:`read` gives has ``sens`` (N,),
-    the group of each node: 0, 1, or −1 for neither. ``groups`` has the name of each test node's.
+    the group of each node: 0, 1, or −1 for neither, which are scored but not compared.
     """
 
     capabilities: frozenset[str] = NodeClassification.capabilities | {"groups"}
@@ -41,6 +43,7 @@ class GroupedNodeClassification(NodeClassification):
     def __init__(self) -> None:
         super().__init__()
         self._sens: np.ndarray | None = None
+        self._tested: np.ndarray | None = None
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
@@ -51,7 +54,7 @@ class GroupedNodeClassification(NodeClassification):
     def splits(self, root: Path | None = None) -> Splits:
         """As of any node classification; the groups are kept for :meth:`evaluate`."""
         found = super().splits(root)
-        self._sens = found.train.sens.numpy()
+        self._sens, self._tested = found.train.sens.numpy(), found.test.nodes.numpy()
         return found
 
     def groups_of(self, data: Data) -> Tensor:
@@ -92,11 +95,13 @@ class GroupedNodeClassification(NodeClassification):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """The group's name for each test node (n,), "neither" for those that are not compared; None until read."""
-        if self._sens is None:
+        """The group's name for each test node (n,), None for those that are not compared; None until read.
+
+        They are those of the graph that :meth:`splits` gave last.
+        """
+        if self._sens is None or self._tested is None:
             return None
-        test = next(reversed(self._splits.values())).test  # those that were read last, as the groups were
-        return np.array([*self.group_names, "neither"])[self._sens[test.nodes.numpy()]]
+        return np.array([*self.group_names, None], dtype=object)[self._sens[self._tested]]
 
     def example_input(self, batch: int = 2) -> tuple[Any, ...]:
         """A random graph of the task's size and ``batch`` nodes more, each with a loop.
@@ -120,7 +125,7 @@ class _TableGraph(GroupedNodeClassification):
     """A graph whose nodes are rows of a table.
 
     Columns are shifted and scaled by mean and standard deviation of the training nodes; each node gets a loop. Columns
-    that alone predict the label are warned of, and listed in :attr:`leaks`.
+    that alone predict the label are warned of in the log "sparing", and listed in :attr:`leaks`.
     """
 
     _leaks: dict[str, float] | None = None
@@ -177,10 +182,11 @@ class _TableGraph(GroupedNodeClassification):
         self._leaks = found
         if found:
             shown = ", ".join(f"{name!r} ({area:.3f})" for name, area in found.items())
-            warnings.warn(
-                f"{self.name}: columns that alone predict the label, with the area under their ROC curve: {shown}. Are "
-                "they known before it is? drop leaves them out",
-                stacklevel=2,
+            log.warning(
+                "%s: columns that alone predict the label, with the area under their ROC curve: %s. Are they known "
+                "before it is? drop leaves them out",
+                self.name,
+                shown,
             )
 
 
