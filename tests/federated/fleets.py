@@ -6,15 +6,26 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparing.federated.clients import ContinualClient, Update, Weights
 from sparing.federated.rounds import FleetPlan
 
+ODD: dict[str, dict[str, Any]] = {
+    "numpy examples": {"examples": np.int64(30)},
+    "nan examples": {"examples": math.nan},
+    "list of weights": {"weights": [torch.zeros(2)]},
+    "sparse": {"weights": {"layer.weight": torch.zeros(4, 3).to_sparse()}},
+    "no metric": {"metrics": {"steps": None}},
+    "nan metric": {"metrics": {"steps": math.nan}},
+}
+"""Updates that are none: fault → fields."""
 BLOCKS = (range(0, 2), range(2, 4))
 
 
@@ -44,7 +55,8 @@ class Walker(ContinualClient):
         self.path = self.path + step
         found["layer.weight"] = found["layer.weight"] + step
         found["seen"] = found["seen"] + self.number + 1
-        return Update(found, 10 * (self.number + 1), {"steps": 1.0, "ended": float(self.ended.sum())})
+        update = Update(found, 10 * (self.number + 1), {"steps": 1.0, "ended": float(self.ended.sum())})
+        return replace(update, **ODD.get(self.faults.get(round, ""), {}))
 
     def _fail(self, fault: str, weights: Weights) -> Weights:
         found = {name: tensor.clone() for name, tensor in weights.items()}

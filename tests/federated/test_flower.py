@@ -17,8 +17,17 @@ import torch
 from federated.fleets import plan, same, weights
 from sparing.core.errors import InvalidValue, MissingDependency
 from sparing.core.store import Progress
-from sparing.federated.flower import ContextShelf, EngineFailed, Simulation, from_record, to_record
-from sparing.federated.rounds import run_federated
+from sparing.federated.clients import Update
+from sparing.federated.flower import (
+    ContextShelf,
+    EngineFailed,
+    Simulation,
+    from_content,
+    from_record,
+    to_content,
+    to_record,
+)
+from sparing.federated.rounds import Reply, run_federated
 
 FAILURES = {0: {0: "die"}, 1: {1: "nan", 3: "raise"}, 2: {1: "shape", 2: "slow"}}
 
@@ -65,6 +74,54 @@ def test_a_client_remembers_in_its_context() -> None:
         shelf.keep(number, {"x": torch.tensor(number)}, since)
     assert ContextShelf(context).rounds() == [1, 2, 4]
     assert shelf.get(2)["x"].item() == 2
+
+
+def reply_with(**parts: object) -> Reply:
+    """What the server makes of a good reply with other parts; None: without that part."""
+    app = pytest.importorskip("flwr.app")
+    content = to_content(Reply(1, Update(weights(), 30, {"steps": 1.0})))
+    for name, part in parts.items():
+        del content[name]
+        if part is not None:
+            content[name] = app.ConfigRecord(part) if isinstance(part, dict) else part
+    return from_content(content, 1, 10)
+
+
+def test_a_reply_survives_and_only_its_known_facts_are_read() -> None:
+    whole = reply_with()
+    assert same(whole.update.weights, weights())
+    assert (whole.update.examples, whole.update.metrics, whole.reason) == (30, {"steps": 1.0}, "")
+    more = reply_with(facts={"shared": True, "reason": "", "detail": "", "examples": 30, "surprise": 1})
+    assert same(more.update.weights, whole.update.weights)
+    assert reply_with(facts={"shared": True, "reason": "raised", "detail": "why"}).reason == "raised"
+
+
+@pytest.mark.parametrize(
+    ("parts", "detail"),
+    [
+        ({"facts": None}, "KeyError: 'facts'"),
+        ({"metrics": None}, "KeyError: 'metrics'"),
+        ({"weights": None}, "KeyError: 'weights'"),
+        ({"facts": {"shared": True, "detail": ""}}, "KeyError: 'reason'"),
+        ({"facts": {"shared": True, "reason": "bored", "detail": ""}}, "InvalidValue: reason = 'bored'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_malformed_reply_is_of_the_wrong_shape(parts: dict[str, object], detail: str) -> None:
+    found = reply_with(**parts)
+    assert (found.update, found.reason) == (None, "wrong shape")
+    assert found.detail.startswith(detail)
+    assert found.bytes_down == 10
+    assert found.bytes_up > 0
+
+
+def test_bytes_that_are_no_array_are_of_the_wrong_shape() -> None:
+    pytest.importorskip("flwr")
+    record = to_record(weights())
+    record["layer.bias"].data = b"no array"
+    found = reply_with(weights=record)
+    assert (found.update, found.reason) == (None, "wrong shape")
+    assert "Error: " in found.detail
 
 
 def test_without_flower_the_error_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

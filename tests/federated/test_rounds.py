@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -113,6 +114,12 @@ def test_each_client_may_meet_the_tasks_in_its_own_order() -> None:
         ("shape", "wrong shape", "layer.bias has shape [5], not [4]"),
         ("key", "wrong shape", "layer.bias is missing"),
         ("dtype", "wrong shape", "layer.bias is torch.float64"),
+        ("nan examples", "wrong shape", "it counts nan examples"),
+        ("numpy examples", "wrong shape", "TypeError: Object of type int64 is not JSON serializable"),
+        ("list of weights", "wrong shape", "AttributeError: 'list' object has no attribute 'items'"),
+        ("sparse", "wrong shape", "RuntimeError: "),
+        ("no metric", "wrong shape", "error: required argument is not a float"),
+        ("nan metric", "not finite", "the metric steps = nan"),
     ],
 )
 def test_a_client_that_fails_is_left_out_with_its_reason_and_the_run_goes_on(
@@ -151,7 +158,28 @@ def test_clients_that_share_nothing_keep_their_own_weights_and_send_none() -> No
 
 def test_updates_are_checked_before_they_count() -> None:
     assert checked(Update(weights(), 1, {}), weights()) is None
-    assert checked(Update(weights(), 0, {}), weights()) == ("wrong shape", "it counts 0 examples")
+    assert checked(Update(weights(), 1, {"steps": 2, "loss": 0.5}), weights()) is None
+
+
+@pytest.mark.parametrize("examples", [0, -3, math.nan, 1.0, "many", True, None, 2**60], ids=str)
+def test_an_update_counts_a_whole_number_of_examples(examples: object) -> None:
+    reason, detail = checked(Update(weights(), examples, {}), weights())
+    assert reason == "wrong shape"
+    assert detail.endswith("examples: a whole number ≥ 1 is needed")
+
+
+@pytest.mark.parametrize(
+    ("metric", "fault"),
+    [
+        (math.nan, ("not finite", "the metric loss = nan")),
+        (math.inf, ("not finite", "the metric loss = inf")),
+        ([1.0], ("wrong shape", "the metric loss = [1.0]: a number is needed")),
+        (True, ("wrong shape", "the metric loss = True: a number is needed")),
+    ],
+    ids=str,
+)
+def test_metrics_are_finite_numbers(metric: object, fault: tuple[str, str]) -> None:
+    assert checked(Update(weights(), 1, {"loss": metric}), weights()) == fault
 
 
 def test_a_message_survives_as_bytes_and_a_broken_one_is_refused() -> None:

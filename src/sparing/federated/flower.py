@@ -33,15 +33,17 @@ from torch import Tensor
 
 from sparing.core import files
 from sparing.core.clock import usable_cores
-from sparing.core.errors import InvalidValue, MissingDependency, SparingError
+from sparing.core.errors import InvalidValue, MissingDependency, SparingError, shown
 from sparing.federated.clients import Update, Weights
 from sparing.federated.rounds import (
+    REASONS,
     Engine,
     FleetPlan,
     FolderShelf,
     Order,
     Reply,
     Shelf,
+    malformed,
     pack,
     pack_reply,
     unpack,
@@ -139,7 +141,7 @@ def make_client_app(plan_of: Callable[[Context], FleetPlan], folder_of: Callable
         plan_of: context → the plan; called for every message, so it should remember.
         folder_of: context → where this node's client keeps its states, or None: in the context.
     """
-    from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.clientapp import ClientApp
 
     app = ClientApp()
@@ -160,19 +162,47 @@ def make_client_app(plan_of: Callable[[Context], FleetPlan], folder_of: Callable
         watch = _limited(plan.time_limit, order)
         reply = work(plan, shelf, order, from_record(message.content.array_records["weights"]))
         watch.cancel()
-        content = RecordDict()
-        facts: dict[str, Any] = {"shared": reply.shared, "reason": reply.reason, "detail": reply.detail}
-        if reply.update is not None:
-            facts["examples"] = reply.update.examples
-            content["metrics"] = MetricRecord({**reply.update.metrics})
-            try:
-                content["weights"] = to_record(reply.update.weights)
-            except InvalidValue as error:
-                facts = {"shared": reply.shared, "reason": "wrong shape", "detail": str(error)}
-        content["facts"] = ConfigRecord(facts)
+        try:
+            content = to_content(reply)
+        except Exception as error:  # whatever a client has put into its update must not end the others' run
+            content = to_content(malformed(order.client, error))
         return Message(content, reply_to=message)
 
     return app
+
+
+def to_content(reply: Reply) -> RecordDict:
+    """A client's reply as Flower carries it."""
+    from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+    facts: dict[str, Any] = {"shared": reply.shared, "reason": reply.reason, "detail": reply.detail}
+    if (update := reply.update) is None:
+        return RecordDict({"facts": ConfigRecord(facts)})
+    return RecordDict(
+        {
+            "facts": ConfigRecord({**facts, "examples": update.examples}),
+            "metrics": MetricRecord({**update.metrics}),
+            "weights": to_record(update.weights),
+        }
+    )
+
+
+def from_content(content: RecordDict, client: int, bytes_down: int) -> Reply:
+    """Back from :func:`to_content`; content that another wrote may be anything, and is then of the wrong shape."""
+    bytes_up = size_of(content)
+    try:
+        facts: dict[str, Any] = dict(content.config_records["facts"])
+        if "examples" in facts:
+            metrics: dict[str, Any] = dict(content.metric_records["metrics"])
+            update = Update(from_record(content.array_records["weights"]), facts["examples"], metrics)
+        elif facts["reason"] in REASONS:
+            update = None
+        else:
+            raise InvalidValue(f"reason = {shown(facts['reason'])}: one of {', '.join(REASONS)}")
+        told = (client, update, bool(facts["shared"]), "" if update else facts["reason"], str(facts["detail"]))
+        return Reply(*told, bytes_down=bytes_down, bytes_up=bytes_up)
+    except Exception as error:  # NumPy and Flower raise errors of any kind for bytes that are not theirs
+        return malformed(client, error, bytes_down, bytes_up)
 
 
 def _note(what: Literal["begun", "late"], order: Order) -> Path | None:
@@ -305,13 +335,7 @@ class OverGrid(Engine):
             told = (message.error.reason or "no reason given").strip().splitlines()[0]
             died = "its process ended" if _left("begun", order) else f"its node told: {told}"
             return Reply(order.client, None, True, "died", died, bytes_down)
-        content = message.content
-        facts: dict[str, Any] = dict(content.config_records["facts"])
-        examples, update = facts.pop("examples", None), None
-        if examples is not None:
-            metrics: dict[str, Any] = dict(content.metric_records["metrics"])
-            update = Update(from_record(content.array_records["weights"]), examples, metrics)
-        return Reply(order.client, update, bytes_down=bytes_down, bytes_up=size_of(content), **facts)
+        return from_content(message.content, order.client, bytes_down)
 
 
 def _not_begun(message: Message, order: Order) -> bool:

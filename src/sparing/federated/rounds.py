@@ -41,6 +41,8 @@ WEIGHTINGS = ("examples", "equal")
 REASONS = ("died", "raised", "slow", "not finite", "wrong shape")
 """Why a client is left out of a round's average."""
 
+_MOST = 2**53
+"""Examples from which a float64 counts them no more one by one."""
 _LENGTH, _NUMBER = struct.Struct("<I"), struct.Struct("<d")
 
 
@@ -404,7 +406,14 @@ def unpack(message: bytes) -> tuple[dict[str, Any], Weights]:
 
 
 def pack_reply(reply: Reply) -> bytes:
-    """A client's reply as bytes."""
+    """A client's reply as bytes; one whose update cannot be written is a reply of the wrong shape."""
+    try:
+        return _pack_reply(reply)
+    except Exception as error:  # whatever a client has put into its update must not end the others' run
+        return _pack_reply(malformed(reply.client, error))
+
+
+def _pack_reply(reply: Reply) -> bytes:
     facts = {"client": reply.client, "shared": reply.shared, "reason": reply.reason, "detail": reply.detail}
     if reply.update is None:
         return pack(facts, {})
@@ -416,10 +425,16 @@ def pack_reply(reply: Reply) -> bytes:
 def unpack_reply(message: bytes, bytes_down: int, bytes_up: int) -> Reply:
     """Back from :func:`pack_reply`, with the sizes of the messages it took."""
     facts, weights = unpack(message)
-    examples = facts.pop("examples", None)
-    metrics = {name: _NUMBER.unpack(bytes.fromhex(value))[0] for name, value in facts.pop("metrics", {}).items()}
-    update = None if examples is None else Update(weights, examples, metrics)
-    return Reply(update=update, bytes_down=bytes_down, bytes_up=bytes_up, **facts)
+    metrics = {name: _NUMBER.unpack(bytes.fromhex(value))[0] for name, value in facts.get("metrics", {}).items()}
+    update = Update(weights, facts["examples"], metrics) if "examples" in facts else None
+    told = (facts["client"], update, facts["shared"], facts["reason"], facts["detail"])
+    return Reply(*told, bytes_down=bytes_down, bytes_up=bytes_up)
+
+
+def malformed(client: int, error: Exception, bytes_down: int = 0, bytes_up: int = 0) -> Reply:
+    """In the place of a reply that cannot be sent, or read."""
+    detail = f"{type(error).__name__}: {error}"
+    return Reply(client, reason="wrong shape", detail=detail, bytes_down=bytes_down, bytes_up=bytes_up)
 
 
 class InProcess(Engine):
@@ -452,7 +467,7 @@ def checked(update: Update, like: Weights) -> tuple[str, str] | None:
     """(reason, detail) why an update cannot enter an average, or None when it can.
 
     Args:
-        update: a client's.
+        update: a client's; of its fields only ``weights`` is known to be tensors by name.
         like: the shared state dict, whose keys, shapes and types it must have.
     """
     if missing := like.keys() - update.weights.keys():
@@ -467,8 +482,18 @@ def checked(update: Update, like: Weights) -> tuple[str, str] | None:
             return "wrong shape", f"{name} is {found.dtype}, not {wanted.dtype}"
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             return "not finite", f"{name} holds NaN or infinity"
-    if update.examples < 1:
-        return "wrong shape", f"it counts {update.examples} examples"
+    if isinstance(update.examples, bool) or not isinstance(update.examples, int) or not 1 <= update.examples < _MOST:
+        return "wrong shape", f"it counts {shown(update.examples)} examples: a whole number ≥ 1 is needed"
+    return _odd_metric(update.metrics)
+
+
+def _odd_metric(metrics: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(reason, detail) of the first metric that is no finite number, or None."""
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "wrong shape", f"the metric {name} = {shown(value)}: a number is needed"
+        if not math.isfinite(value):
+            return "not finite", f"the metric {name} = {value}"
     return None
 
 
@@ -635,14 +660,20 @@ def _end(plan: FleetPlan, engine: Engine, state: _State) -> RoundReport:
     task, asked = len(plan.blocks) - 1, tuple(sorted(state.since))
     orders = [Order("end", client, task, plan.rounds, state.since[client]) for client in asked]
     replies = engine.ask(orders, {})
+    # nothing is averaged here, so nothing is asked of the examples
+    good, dropped = _sorted_out([_counting(reply) for reply in replies], {})
     return RoundReport(
         task,
         plan.rounds,
         asked,
         (),
-        tuple(Dropped(reply.client, reply.reason, reply.detail) for reply in replies if reply.update is None),
+        tuple(dropped),
         sum(reply.bytes_down for reply in replies if reply.shared),
         sum(reply.bytes_up for reply in replies if reply.shared),
         time.perf_counter() - start,
-        {reply.client: reply.update.metrics for reply in replies if reply.update is not None},
+        {client: update.metrics for client, update, _ in good},
     )
+
+
+def _counting(reply: Reply) -> Reply:
+    return reply if reply.update is None else replace(reply, update=replace(reply.update, examples=1))
