@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,13 +24,15 @@ from sparing.federated.clients import Update
 from sparing.federated.flower import (
     ContextShelf,
     EngineFailed,
+    OverGrid,
     Simulation,
+    client_number,
     from_content,
     from_record,
     to_content,
     to_record,
 )
-from sparing.federated.rounds import Reply, run_federated
+from sparing.federated.rounds import Order, Reply, run_federated
 
 FAILURES = {0: {0: "die"}, 1: {1: "nan", 3: "raise"}, 2: {1: "shape", 2: "slow"}}
 
@@ -122,6 +127,143 @@ def test_bytes_that_are_no_array_are_of_the_wrong_shape() -> None:
     found = reply_with(weights=record)
     assert (found.update, found.reason) == (None, "wrong shape")
     assert "Error: " in found.detail
+
+
+@pytest.fixture
+def _server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this process were a server's, which may write messages."""
+    identity = pytest.importorskip("flwr.supercore.task_identity").TaskIdentity
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(identity, name, 1)
+
+
+class FakeGrid:
+    """Nodes that answer at once; each is a function from a message to (content or error), or None where none comes."""
+
+    def __init__(self, **nodes: Any) -> None:
+        self.nodes = {int(name.removeprefix("node")): node for name, node in nodes.items()}
+        self.asked: Counter[int] = Counter()
+        """Node → how often it was asked who it is."""
+        self.replies: dict[str, Any] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Any]) -> list[str]:
+        from flwr.app import Message
+
+        sent = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node not in self.nodes:
+                sent.append("")
+                continue
+            message.metadata.__dict__["_message_id"] = found = f"message {len(self.replies)}"
+            self.asked[node] += message.metadata.message_type == "query"
+            answer = self.nodes[node](message)
+            self.replies[found] = None if answer is None else Message(answer, reply_to=message)
+            sent.append(found)
+        return sent
+
+    def pull_messages(self, waiting: Sequence[str]) -> list[Any]:
+        return [self.replies[each] for each in waiting if self.replies[each] is not None]
+
+
+def node(client: int, order: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
+    """A node that says that it is this client; ``order``: what it answers to an order, an update otherwise."""
+    app = pytest.importorskip("flwr.app")
+
+    def answer(message: Any) -> Any:
+        if message.metadata.message_type == "query":
+            return app.RecordDict({"who": app.ConfigRecord({"client": client})})
+        return to_content(Reply(client, Update(weights(), 1, {}))) if order is None else order(message)
+
+    return answer
+
+
+def broken(reason: str) -> Callable[[Any], Any]:
+    """What ends with this error."""
+    app = pytest.importorskip("flwr.app")
+    return lambda message: app.Error(0, reason)
+
+
+def asked(engine: OverGrid) -> list[str]:
+    """The reasons of all clients' replies; "" for an update."""
+    orders = [Order("train", client, 0, 0, -1) for client in range(engine.plan.clients)]
+    return [reply.reason for reply in engine.ask(orders, weights())]
+
+
+@pytest.mark.usefixtures("_server")
+def test_a_device_that_comes_back_as_another_node_takes_part_again() -> None:
+    grid = FakeGrid(node1=node(0), node2=node(1), node3=node(2))
+    with OverGrid(grid, plan(), 10.0) as engine:
+        assert asked(engine) == ["", "", ""]
+        del grid.nodes[2]
+        assert asked(engine) == ["", "died", ""]
+        grid.nodes[4] = node(1)
+        assert asked(engine) == ["", "", ""]
+        assert engine.nodes == {0: 1, 1: 4, 2: 3}
+        assert set(grid.asked.values()) == {1}
+
+
+@pytest.mark.usefixtures("_server")
+def test_a_server_goes_on_without_a_device_that_does_not_come(caplog: pytest.LogCaptureFixture) -> None:
+    grid = FakeGrid(node1=node(0), node2=broken("<class 'OSError'>:<'no recipe'>\nmore"), node3=node(2))
+    with OverGrid(grid, plan(), 0.1) as engine:
+        assert "clients [1] are not there after 0.1 s" in caplog.text
+        assert "nodes that could not start: node 2: <class 'OSError'>:<'no recipe'>; the run goes on" in caplog.text
+        reply = engine.ask([Order("train", 1, 0, 0, -1)], weights())[0]
+        assert reply.reason == "died"
+        assert reply.detail.startswith(
+            "no node has come that is this client; nodes that could not start: node 2: <class"
+        )
+        grid.nodes[2] = node(1)
+        engine._known[2].again = 0.0
+        assert asked(engine) == ["", "", ""]
+
+
+@pytest.mark.usefixtures("_server")
+def test_a_server_to_which_no_device_comes_says_what_they_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparing.federated.flower.RETRY_SECONDS", (0.1, 1.0))
+    grid = FakeGrid(node1=broken("no such file: fleet.yaml"))
+    with pytest.raises(EngineFailed, match=r"clients \[0, 1, 2\] .* node 1: no such file: fleet.yaml"):
+        OverGrid(grid, plan(), 0.5).__enter__()
+    assert grid.asked[1] == 3  # at 0, 0.1 and 0.3 s
+
+
+@pytest.mark.usefixtures("_server")
+def test_a_number_outside_of_the_fleet_is_refused_on_the_device_and_on_the_server() -> None:
+    assert client_number("2", 3) == 2
+    for wrong in (3, -1, None, 1.0, "one", True):
+        with pytest.raises(InvalidValue, match=r"partition-id = .*: one of 0 … 2 is needed, the fleet has 3 clients"):
+            client_number(wrong, 3)
+    grid = FakeGrid(node1=node(1), node2=node(2), node3=node(3))
+    with OverGrid(grid, plan(), 0.1) as engine:
+        assert sorted(engine.nodes) == [1, 2]
+        assert "node 3: InvalidValue: partition-id = 3: one of 0 … 2" in engine._excuses()
+
+
+@pytest.mark.usefixtures("_server")
+def test_an_answer_that_is_none_to_who_are_you_ends_nothing() -> None:
+    app = pytest.importorskip("flwr.app")
+    grid = FakeGrid(node1=node(0), node2=lambda message: app.RecordDict())
+    with OverGrid(grid, plan(clients=2), 0.1) as engine:
+        assert asked(engine) == ["", "died"]
+
+
+@pytest.mark.usefixtures("_server")
+def test_a_device_whose_process_ends_at_the_limit_is_slow_and_one_before_it_has_died() -> None:
+    def at_the_limit(message: Any) -> Any:
+        time.sleep(0.3)
+        return broken("its task ended")(message)
+
+    orders = [Order("train", client, 0, 0, -1) for client in range(3)]
+    for limit, reason in ((0.2, "slow"), (30.0, "died"), (None, "died")):
+        grid = FakeGrid(node1=node(0, at_the_limit), node2=node(1), node3=node(2))
+        with OverGrid(grid, plan(time_limit=limit), 10.0) as engine:
+            reply = engine.ask(orders, weights())[0]
+        assert reply.reason == reason
+        assert "its task ended" in reply.detail
 
 
 def test_without_flower_the_error_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
