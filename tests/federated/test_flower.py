@@ -19,6 +19,9 @@ import torch
 
 from federated.fleets import plan, same, unclocked, weights
 from sparing.core.errors import InvalidValue, MissingDependency
+from sparing.core.job import TrainingPlan
+from sparing.core.predictor import build_model
+from sparing.core.randomness import isolated_rng
 from sparing.core.store import Progress
 from sparing.federated.clients import Update
 from sparing.federated.flower import (
@@ -32,7 +35,9 @@ from sparing.federated.flower import (
     to_content,
     to_record,
 )
-from sparing.federated.rounds import Order, Reply, run_federated
+from sparing.federated.rounds import FleetPlan, Order, Reply, run_federated
+from sparing.federated.step import Federate, blocks_of
+from sparing.tasks.continual import Continual
 
 FAILURES = {0: {0: "die"}, 1: {1: "nan", 3: "raise"}, 2: {1: "shape", 2: "slow"}}
 
@@ -271,6 +276,50 @@ def test_without_flower_the_error_tells_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flwr" else find(name))
     with pytest.raises(MissingDependency, match=r"needs the package 'flwr': pip install 'sparing\[federated\]'"):
         run_federated(plan(), "flower")
+
+
+def test_processes_of_a_simulation_see_no_gpu_and_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    seen: dict[str, str] = {}
+
+    class Started(Exception):
+        pass
+
+    def start(*command: object, env: dict[str, str], **more: object) -> None:
+        seen.update(env)
+        raise Started
+
+    monkeypatch.setattr("sparing.federated.flower.subprocess.Popen", start)
+    with pytest.raises(Started):
+        Simulation(plan()).__enter__()
+    assert seen["CUDA_VISIBLE_DEVICES"] == ""
+    assert seen["FLWR_TELEMETRY_ENABLED"] == seen["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def digits() -> FleetPlan:
+    """Two real clients on tiny shares of digits in two tasks."""
+    task = Continual(of="digits", tasks=2)
+    federate = Federate(
+        clients=2, fraction=1.0, rounds_per_task=2, local_epochs=1, batch_size=20,
+        samples_per_client=40, optimizer="SGD", lr=0.1, weight_decay=0.0,
+    )  # fmt: skip
+    with isolated_rng("model"):
+        model = build_model("mlp", task, widths=[8])
+    return federate.fleet(model, task.splits().train, blocks_of(task), TrainingPlan(), seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kept", [True, False], ids=["folder", "context"])
+def test_real_clients_end_with_the_same_bits_in_both_engines(tmp_path: Path, kept: bool) -> None:
+    pytest.importorskip("ray")
+    expected = run_federated(digits())
+    found = run_federated(digits(), "flower", Progress(tmp_path / "progress") if kept else None)
+    assert same(found.weights, expected.weights)
+    assert expected.total("qp_steps") == found.total("qp_steps") > 0
+    assert unclocked(found.end.metrics) == unclocked(expected.end.metrics)
+    assert found.dropped == {}
+    assert (tmp_path / "progress" / "clients").exists() == kept
 
 
 @pytest.mark.slow

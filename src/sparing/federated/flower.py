@@ -64,7 +64,9 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment of every process that runs Flower: nothing is reported to anybody."""
+"""Environment of a simulation's processes: nothing is reported to anybody, and Ray leaves GPUs to ``NO_GPU``."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a simulation's processes: as many as there are cores, they would fill a GPU's memory."""
 
 POLL_SECONDS = 0.02
 RETRY_SECONDS = (1.0, 60.0)
@@ -275,7 +277,8 @@ class _Node:
 class OverGrid(Engine):
     """Orders as messages of a Flower grid; used inside a ServerApp.
 
-    A device that comes late, or comes back as another node, takes part from the round after the one in which it came.
+    A device that comes late, or comes back as another node, is asked who it is when a round begins, and takes part from
+    the round after its answer.
 
     Args:
         grid: of the ServerApp.
@@ -363,7 +366,7 @@ class OverGrid(Engine):
         from flwr.app import ConfigRecord, RecordDict
 
         self._meet()
-        record = to_record(weights)
+        full, empty = to_record(weights), to_record({})
         waiting: dict[str, Order] = {}
         replies: dict[int, Reply] = {}
         down: dict[int, int] = {}
@@ -375,7 +378,8 @@ class OverGrid(Engine):
                 absent = f"no node has come that is this client{self._excuses()}"
                 replies[order.client] = Reply(order.client, None, True, "died", absent)
                 return
-            content = RecordDict({"order": ConfigRecord(asdict(order)), "weights": record})
+            sent_weights = empty if order.bare else full
+            content = RecordDict({"order": ConfigRecord(asdict(order)), "weights": sent_weights})
             down[order.client], since[order.client] = size_of(content), time.monotonic()
             sent = self._push(content, node, "train")
             waiting.update(dict.fromkeys(sent, order))
@@ -473,7 +477,13 @@ class Simulation(Engine):
             (self._work / "plan").write_bytes(cloudpickle.dumps((self.plan, self.folder)))
             self._pipe, theirs = Pipe()
             code = f"from sparing.federated.flower import simulate; simulate({theirs.fileno()})"
-            environment = {**os.environ, **QUIET, _FOLDER: str(self._work), "PYTHONPATH": os.pathsep.join(sys.path)}
+            environment = {
+                **os.environ,
+                **QUIET,
+                **NO_GPU,
+                _FOLDER: str(self._work),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            }
             with (self._work / "log").open("wb") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code],

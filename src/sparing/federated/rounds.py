@@ -387,7 +387,8 @@ def work(plan: FleetPlan, shelf: Shelf, order: Order, weights: Weights) -> Reply
             client, since = _client(plan, shelf, order)
             if order.kind == "train":
                 earlier = [plan.classes(order.client, position) for position in range(order.task)]
-                update = answer(client, streams, earlier, order.task, order.round, weights or plan.weights)
+                given = weights or plan.weights  # with a bare order, for a client that has lost its own
+                update = answer(client, streams, earlier, order.task, order.round, given)
             else:
                 end(client, streams)
                 update = Update({}, 0, {})
