@@ -300,7 +300,7 @@ def digits() -> FleetPlan:
     """Two real clients on tiny shares of digits in two tasks."""
     task = Continual(of="digits", tasks=2)
     federate = Federate(
-        clients=2, fraction=1.0, rounds_per_task=2, local_epochs=1, batch_size=20,
+        clients=2, fraction=1.0, rounds_per_task=1, local_epochs=1, batch_size=20,
         samples_per_client=40, optimizer="SGD", lr=0.1, weight_decay=0.0,
     )  # fmt: skip
     with isolated_rng("model"):
