@@ -257,6 +257,34 @@ def test_an_answer_that_is_none_to_who_are_you_ends_nothing() -> None:
 
 
 @pytest.mark.usefixtures("_server")
+def test_a_node_whose_answer_was_lost_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparing.federated.flower.SILENCE_SECONDS", 0.1)
+    answers = [None, None, *[node(0)] * 9]
+    grid = FakeGrid(node1=lambda message: (found := answers.pop(0)) and found(message))
+    with OverGrid(grid, plan(clients=1), 10.0) as engine:
+        assert asked(engine) == [""]
+    assert grid.asked[1] == 3
+
+
+@pytest.mark.usefixtures("_server")
+def test_no_weights_go_with_a_bare_order() -> None:
+    sent = []
+
+    def note(message: Any) -> Any:
+        sent.append(len(message.content.array_records["weights"]))
+        return to_content(Reply(0, Update(weights(), 1, {}), shared=False))
+
+    with OverGrid(FakeGrid(node1=node(0, note)), plan(clients=1), 10.0) as engine:
+        replies = [
+            engine.ask([Order("train", 0, 0, number, -1, bare=bool(number))], weights())[0] for number in range(2)
+        ]
+    assert sent == [3, 0]
+    assert replies[1].bytes_down < replies[0].bytes_down
+    assert replies[1].bytes_up == replies[0].bytes_up > 0
+    assert not replies[1].shared
+
+
+@pytest.mark.usefixtures("_server")
 def test_a_device_whose_process_ends_at_the_limit_is_slow_and_one_before_it_has_died() -> None:
     def at_the_limit(message: Any) -> Any:
         time.sleep(0.3)

@@ -71,6 +71,8 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 POLL_SECONDS = 0.02
 RETRY_SECONDS = (1.0, 60.0)
 """Pause before a node that could not start is asked again: at first, and at most; it doubles."""
+SILENCE_SECONDS = 60.0
+"""After which a node that has not answered is asked again; it doubles."""
 PARTITION = "partition-id"
 _FOLDER = "SPARING_FLEET"
 """Environment variable with the work folder of a simulation."""
@@ -267,7 +269,9 @@ class _Node:
     place: int
     """Among all nodes, by when they came."""
     again: float
-    """When it is to be asked who it is; infinite where it has been."""
+    """When it is to be asked who it is; infinite where it has told."""
+    asked: int = 0
+    """How often it was asked."""
     tries: int = 0
     """That failed."""
     reason: str = ""
@@ -324,7 +328,8 @@ class OverGrid(Engine):
         for node in self.grid.get_node_ids():
             known = self._known.setdefault(node, _Node(len(self._known), now))
             if known.again <= now:
-                known.again = math.inf
+                known.again = now + SILENCE_SECONDS * 2**known.asked  # its process may have died without a word
+                known.asked += 1
                 sent = self._push(RecordDict(), node, "query")
                 self._asked |= sent
                 if not sent:
@@ -340,7 +345,7 @@ class OverGrid(Engine):
             except (KeyError, InvalidValue) as error:
                 self._put_off(known, f"{type(error).__name__}: {error}")
                 continue
-            known.reason = ""
+            known.reason, known.again = "", math.inf
             if client not in self.nodes or known.place > self._known[self.nodes[client]].place:
                 self.nodes[client] = node  # a device that was started again may be a new node, the last one counts
 
