@@ -71,7 +71,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 POLL_SECONDS = 0.02
 RETRY_SECONDS = (1.0, 60.0)
 """Pause before a node that could not start is asked again: at first, and at most; it doubles."""
-SILENCE_SECONDS = 60.0
+SILENCE_SECONDS = 180.0
 """After which a node that has not answered is asked again; it doubles."""
 PARTITION = "partition-id"
 _FOLDER = "SPARING_FLEET"
