@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,9 +19,9 @@ import torch
 
 from federated.fleets import same
 from sparing.core import files
-from sparing.core.errors import InvalidValue, RecipeError
+from sparing.core.errors import IncompatibleStep, InvalidValue, RecipeError
 from sparing.core.store import Progress
-from sparing.federated.app import claim_folder, plan_of_recipe, write_app
+from sparing.federated.app import _folder, claim_folder, fleet_of_recipe, write_app
 from sparing.federated.clients import Weights
 from sparing.federated.rounds import InProcess, Order, Reply, run_federated, serve
 
@@ -66,18 +67,47 @@ def test_a_recipe_without_a_fleet_is_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "plain.yaml"
     recipe.write_text("task: digits\nsteps:\n  - train: {epochs: 1}\n")
     with pytest.raises(RecipeError, match="'federate' is needed"):
-        plan_of_recipe(str(recipe), store=str(tmp_path / "store"))
+        fleet_of_recipe(str(recipe), store=str(tmp_path / "store"))
+
+
+def test_what_a_run_refuses_is_refused_on_devices(tmp_path: Path) -> None:
+    recipe = tmp_path / "smooth.yaml"
+    recipe.write_text(RECIPE.replace("steps:\n", "steps:\n  - smooth_labels\n"))
+    with pytest.raises(IncompatibleStep, match="loss_terms"):
+        fleet_of_recipe(str(recipe), store=str(tmp_path / "store"))
+
+
+def test_steps_that_devices_do_not_run_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = tmp_path / "more.yaml"
+    recipe.write_text(RECIPE + "  - quantize: {goal: bytes, max_loss: 1.0}\n")
+    fleet_of_recipe(str(recipe), store=str(tmp_path / "store"))
+    assert "more.yaml: a fleet on devices ends with its weights; not run: quantize" in caplog.text
+
+
+def test_two_fleets_have_states_of_their_own_in_a_devices_folder(tmp_path: Path) -> None:
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(RECIPE)
+    folders = []
+    for seed in (0, 1, 0):
+        context = SimpleNamespace(
+            run_config={"recipe": str(recipe), "seed": seed, "store": str(tmp_path / "store")},
+            node_config={"folder": str(tmp_path / "device")},
+        )
+        folders.append(_folder(context))
+    assert folders[0] == folders[2] != folders[1]
+    assert {folder.parent for folder in folders} == {tmp_path / "device"}
+    assert _folder(SimpleNamespace(run_config={}, node_config={})) is None
 
 
 def test_the_folder_of_another_fleet_is_refused(tmp_path: Path) -> None:
     recipe, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     recipe.write_text(RECIPE)
     other.write_text(RECIPE.replace("local_epochs: 1", "local_epochs: 2"))
-    fleet = plan_of_recipe(str(recipe), store=str(tmp_path / "store"))
+    fleet = fleet_of_recipe(str(recipe), store=str(tmp_path / "store")).plan
     claim_folder(tmp_path / "out", fleet)
     claim_folder(tmp_path / "out", fleet)
     with pytest.raises(InvalidValue, match="holds the state of a fleet with another recipe, seed, data"):
-        claim_folder(tmp_path / "out", plan_of_recipe(str(other), store=str(tmp_path / "store")))
+        claim_folder(tmp_path / "out", fleet_of_recipe(str(other), store=str(tmp_path / "store")).plan)
 
 
 @pytest.mark.slow
@@ -87,11 +117,12 @@ def test_three_processes_go_on_from_a_stopped_server_to_the_weights_of_one(tmp_p
     recipe, store, out = tmp_path / "fleet.yaml", tmp_path / "store", tmp_path / "out"
     recipe.write_text(RECIPE)
     torch.set_num_threads(1)
-    fleet = plan_of_recipe(str(recipe), store=str(store))
-    expected = run_federated(fleet)
+    found = fleet_of_recipe(str(recipe), store=str(store))
+    fleet, measure = found.plan, found.federate.task_figures(found.job)
+    expected = run_federated(fleet, on_task_end=measure)
     claim_folder(out, fleet)
     with pytest.raises(Stopped):
-        serve(fleet, OneRound(fleet, tmp_path / "clients"), Progress(out / "progress"))
+        serve(fleet, OneRound(fleet, tmp_path / "clients" / found.mark), Progress(out / "progress"), measure)
     write_app(tmp_path / "app")
     link, home = free_port(), tmp_path / "home"
     home.mkdir()
@@ -146,5 +177,7 @@ def test_three_processes_go_on_from_a_stopped_server_to_the_weights_of_one(tmp_p
     told = [{client: found["qp_steps"] for client, found in each["metrics"].items()} for each in (first, second)]
     assert set(told[0].values()) == {0.0}
     assert told[1] == {str(client): found["qp_steps"] for client, found in expected.rounds[1].metrics.items()}
+    assert not any("state_lost" in metrics for metrics in second["metrics"].values())
+    assert files.read_json(out / "figures.json") == found.figures(expected.figures)
     assert max(told[1].values()) > 0  # the clients knew what they had learnt before the server was stopped
     shutil.rmtree(home)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import cloudpickle
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from sparing.core.pipeline import apply_steps, begin
 from sparing.core.predictor import build_model
 from sparing.core.randomness import isolated_rng
 from sparing.core.step import Stage, Step, step
-from sparing.federated.step import Federate, blocks_of, class_labels, client_optimizer
+from sparing.core.store import Progress
+from sparing.federated.rounds import run_federated
+from sparing.federated.step import Federate, _record, blocks_of, class_labels, client_optimizer
 from sparing.tasks.continual import Continual
 from sparing.testing import tiny_task
 
@@ -204,6 +209,26 @@ def test_what_clients_would_not_do_is_refused_with_the_reason(before, what):
 # --- refusals of fields
 
 
+def test_packnet_is_told_the_number_of_tasks_and_another_is_refused():
+    task = stream()
+    model, data, blocks = build_model("mlp", task, widths=[8]), task.splits().train, blocks_of(task)
+    for settings in ({"extractor": "packnet"}, {"extractor": "packnet", "tasks": 2}):
+        fleet = Federate(**SMALL, settings=settings).fleet(model, data, blocks, TrainingPlan(), seed=0)
+        assert fleet.make_client(0).settings.tasks == 2
+    with pytest.raises(InvalidValue, match="federate: settings has tasks = 3, but there are 2"):
+        Federate(**SMALL, settings={"extractor": "packnet", "tasks": 3}).fleet(model, data, blocks, TrainingPlan(), 0)
+
+
+def test_clients_are_made_on_the_device_and_the_shared_weights_stay_on_the_cpu(monkeypatch):
+    task = stream()
+    fleet = Federate(**SMALL).fleet(
+        build_model("mlp", task, widths=[8]), task.splits().train, blocks_of(task), TrainingPlan(), seed=0
+    )
+    monkeypatch.setattr("sparing.federated.step.device_named", lambda name: torch.device("meta"))
+    assert {each.device.type for each in fleet.make_client(0).model.parameters()} == {"meta"}
+    assert {each.device.type for each in fleet.weights.values()} == {"cpu"}
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -265,6 +290,21 @@ def test_a_fleet_learns_and_says_what_it_sent(tmp_path):
     assert curves["bytes sent"][-1][1] == pytest.approx(
         figures["bytes to clients"] + figures["bytes from clients"], rel=0.1
     )
+    assert [x for x, _ in curves["bytes of a task"]] == [4, 8]
+    assert [y for _, y in curves["bytes of a task"]] == [
+        curves["bytes sent"][3][1], curves["bytes sent"][7][1] - curves["bytes sent"][3][1]
+    ]  # fmt: skip
+    assert [x for x, _ in curves["seconds of a round"]] == list(range(1, 9))
+    assert sum(y for _, y in curves["seconds of a round"]) == pytest.approx(figures["seconds of rounds"])
+    assert figures["peak memory of a process with clients"] > 0
+    assert "QP fall-backs" not in figures
+
+
+def test_fall_backs_are_told_beside_activations(tmp_path):
+    run = sparing.run(task=stream(), model={"name": "mlp", "widths": [8]}, steps=[Federate(**SMALL)], meter=METER)
+    figures = run.ledger.rows[0].figures
+    assert figures["QP activations"].value > 0
+    assert figures["QP fall-backs"].value == 0
 
 
 def test_slow_clients_are_left_out_and_counted(tmp_path):
@@ -301,13 +341,31 @@ def test_what_was_dropped_is_in_the_ledger(tmp_path):
     )
     row = run.ledger.rows[-1]
     dropped = row.figures["updates dropped"].value
-    assert 0 < dropped < 24
-    assert row.figures["updates dropped: raised"].value == dropped
-    assert row.figures["updates averaged"].value == 24 - dropped
-    assert sum("RuntimeError: no more battery" in remark for remark in row.remarks) == dropped
+    told = [remark for remark in row.remarks if "RuntimeError: no more battery" in remark]
+    assert 0 < dropped == row.figures["updates dropped: raised"].value == len(told)
+    at_the_end = sum(remark.startswith("at the end: ") for remark in told)
+    assert 0 < at_the_end < dropped
+    assert row.figures["updates averaged"].value == 24 - (dropped - at_the_end)
 
 
-def test_local_clients_send_nothing_and_the_row_says_whose_it_is(tmp_path):
+def test_a_lost_state_is_in_the_remarks(tmp_path):
+    federate = Federate(**{**SMALL, "rounds_per_task": 1})
+    job = begin(stream(), {"name": "mlp", "widths": [8]}, store=tmp_path)
+    fleet = replace(federate.fleet_of(job), time_limit=60.0)
+    keeper, measure = Progress(tmp_path / "progress"), federate.task_figures(job)
+
+    def lose(position, *more):
+        if position == 0:
+            shutil.rmtree(tmp_path / "progress" / "clients" / "1")
+        return measure(position, *more)
+
+    record = _record(run_federated(fleet, keeper=keeper, on_task_end=lose))
+    assert record["lost"] == [
+        "times that a client's state was lost or damaged, so that it went on from an older one or anew: 1"
+    ]
+
+
+def test_local_clients_send_weights_only_to_be_measured_and_the_row_says_whose_it_is(tmp_path):
     run = sparing.run(
         task=stream(),
         model={"name": "mlp", "widths": [8]},
@@ -316,7 +374,9 @@ def test_local_clients_send_nothing_and_the_row_says_whose_it_is(tmp_path):
         store=tmp_path,
     )
     row = run.ledger.rows[0]
-    assert row.figures["bytes to clients"].value == row.figures["bytes from clients"].value == 0
+    weights = row.figures["parameters"].value * 4
+    assert 3 * weights < row.figures["bytes to clients"].value < 4.5 * weights  # to each client once, in four rounds
+    assert row.figures["bytes from clients"].value > 4 * 3 * weights
     assert any("that of client 1" in remark for remark in row.remarks)
 
 

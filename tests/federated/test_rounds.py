@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from federated.fleets import plan, same, weights
+from federated.fleets import END, ENDING, plan, same, unclocked, weights
 from sparing.core import files
 from sparing.core.errors import InvalidValue
 from sparing.core.store import Progress
@@ -113,6 +114,12 @@ def test_each_client_may_meet_the_tasks_in_its_own_order() -> None:
         ("shape", "wrong shape", "layer.bias has shape [5], not [4]"),
         ("key", "wrong shape", "layer.bias is missing"),
         ("dtype", "wrong shape", "layer.bias is torch.float64"),
+        ("nan examples", "wrong shape", "it counts nan examples"),
+        ("numpy examples", "wrong shape", "TypeError: Object of type int64 is not JSON serializable"),
+        ("list of weights", "wrong shape", "AttributeError: 'list' object has no attribute 'items'"),
+        ("sparse", "wrong shape", "RuntimeError: "),
+        ("no metric", "wrong shape", "error: required argument is not a float"),
+        ("nan metric", "not finite", "the metric steps = nan"),
     ],
 )
 def test_a_client_that_fails_is_left_out_with_its_reason_and_the_run_goes_on(
@@ -146,12 +153,84 @@ def test_clients_that_share_nothing_keep_their_own_weights_and_send_none() -> No
     assert same(result.weights, weights())
     assert sorted(result.local) == [0, 1, 2]
     assert not same(result.local[0], result.local[1])
-    assert result.bytes_down == result.bytes_up == 0
+    # weights go to a client once; up they go in every round, since the figures are taken from them
+    size = sum(tensor.nbytes for tensor in weights().values())
+    down, up = [each.bytes_down for each in result.rounds], [each.bytes_up for each in result.rounds]
+    assert down[0] > 3 * size
+    assert max(down[1:]) < down[0] - 3 * size
+    assert min(up) > 3 * size
+
+
+def test_a_client_is_told_the_classes_of_tasks_in_which_it_was_not_asked() -> None:
+    result = run_federated(plan(fraction=0.3, rounds_per_task=1, seed=1))
+    first, second = result.rounds
+    assert first.asked != second.asked
+    assert second.metrics[second.asked[0]]["blocks"] == 4.0
+
+
+def test_what_goes_wrong_at_the_end_is_counted() -> None:
+    result = run_federated(plan({1: {END: "raise"}}, blocks=(range(0, 2),)))
+    assert not any(report.dropped for report in result.rounds)
+    assert result.dropped == {"raised": 1}
+    assert "no more battery" in result.end.dropped[0].detail
+
+
+def test_the_clients_clocks_run_over_the_whole_order_and_the_end() -> None:
+    result = run_federated(plan())
+    assert all(found["seconds"] >= ENDING for found in result.rounds[2].metrics.values())  # the first task ends there
+    assert all(found["seconds"] >= ENDING for found in result.end.metrics.values())
+    assert result.total("seconds") >= 6 * ENDING
+    assert all(found["cpu_s"] >= 0 and found["peak_bytes"] > 0 for found in result.end.metrics.values())
+
+
+@pytest.mark.parametrize("lost", ["newest", "all", "damaged"])
+def test_a_client_that_lost_its_state_goes_on_from_an_older_one_or_anew(tmp_path: Path, lost: str) -> None:
+    folder = tmp_path / "progress" / "clients" / "1"
+
+    def lose(t: int, *_: object) -> int:
+        kept = sorted(folder.glob("*.safetensors"))
+        if t == 0:
+            assert len(kept) == 2
+            for path in kept if lost == "all" else kept[-1:]:
+                if lost == "damaged":
+                    path.write_bytes(path.read_bytes()[:-3])
+                else:
+                    path.unlink()
+        return t
+
+    result = run_federated(plan(), keeper=Progress(tmp_path / "progress"), on_task_end=lose)
+    assert all(report.averaged == (0, 1, 2) for report in result.rounds)
+    told = [[client for client, found in each.metrics.items() if "state_lost" in found] for each in result.rounds]
+    assert told == [[], [], [1], []]
+    assert result.total("state_lost") == 1.0
+    # it ends the first task where it has a state from there
+    assert result.rounds[2].metrics[1]["ended"] == (0.0 if lost == "all" else 1.0)
 
 
 def test_updates_are_checked_before_they_count() -> None:
     assert checked(Update(weights(), 1, {}), weights()) is None
-    assert checked(Update(weights(), 0, {}), weights()) == ("wrong shape", "it counts 0 examples")
+    assert checked(Update(weights(), 1, {"steps": 2, "loss": 0.5}), weights()) is None
+
+
+@pytest.mark.parametrize("examples", [0, -3, math.nan, 1.0, "many", True, None, 2**60], ids=str)
+def test_an_update_counts_a_whole_number_of_examples(examples: object) -> None:
+    reason, detail = checked(Update(weights(), examples, {}), weights())
+    assert reason == "wrong shape"
+    assert detail.endswith("examples: a whole number ≥ 1 is needed")
+
+
+@pytest.mark.parametrize(
+    ("metric", "fault"),
+    [
+        (math.nan, ("not finite", "the metric loss = nan")),
+        (math.inf, ("not finite", "the metric loss = inf")),
+        ([1.0], ("wrong shape", "the metric loss = [1.0]: a number is needed")),
+        (True, ("wrong shape", "the metric loss = True: a number is needed")),
+    ],
+    ids=str,
+)
+def test_metrics_are_finite_numbers(metric: object, fault: tuple[str, str]) -> None:
+    assert checked(Update(weights(), 1, {"loss": metric}), weights()) == fault
 
 
 def test_a_message_survives_as_bytes_and_a_broken_one_is_refused() -> None:
@@ -195,7 +274,7 @@ def test_a_run_killed_between_or_within_rounds_ends_with_the_same_bits(tmp_path:
     assert [(each.asked, each.averaged, each.bytes_up) for each in result.rounds] == [
         (each.asked, each.averaged, each.bytes_up) for each in whole.rounds
     ]
-    assert result.end.metrics == whole.end.metrics
+    assert unclocked(result.end.metrics) == unclocked(whole.end.metrics)
 
 
 def test_a_run_goes_on_from_the_state_before_when_the_last_is_damaged(tmp_path: Path) -> None:

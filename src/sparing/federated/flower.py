@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import math
 import os
 import shutil
 import signal
@@ -22,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -33,15 +35,17 @@ from torch import Tensor
 
 from sparing.core import files
 from sparing.core.clock import usable_cores
-from sparing.core.errors import InvalidValue, MissingDependency, SparingError
+from sparing.core.errors import InvalidValue, MissingDependency, SparingError, shown
 from sparing.federated.clients import Update, Weights
 from sparing.federated.rounds import (
+    REASONS,
     Engine,
     FleetPlan,
     FolderShelf,
     Order,
     Reply,
     Shelf,
+    malformed,
     pack,
     pack_reply,
     unpack,
@@ -54,14 +58,21 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid
 
+log = logging.getLogger("sparing")
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment of every process that runs Flower: nothing is reported to anybody."""
+"""Environment of a simulation's processes: nothing is reported to anybody, and Ray leaves GPUs to ``NO_GPU``."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a simulation's processes: as many as there are cores, they would fill a GPU's memory."""
 
 POLL_SECONDS = 0.02
+RETRY_SECONDS = (1.0, 60.0)
+"""Pause before a node that could not start is asked again: at first, and at most; it doubles."""
+SILENCE_SECONDS = 180.0
+"""After which a node that has not answered is asked again; it doubles."""
 PARTITION = "partition-id"
 _FOLDER = "SPARING_FLEET"
 """Environment variable with the work folder of a simulation."""
@@ -69,7 +80,7 @@ _STATE = "state-"
 
 
 class EngineFailed(SparingError):
-    """Flower or Ray ended, or did not start; the message holds the last lines they wrote."""
+    """Flower or Ray ended or did not start, or no device came; the message holds what they wrote last."""
 
 
 def require_flower(purpose: str, *packages: str) -> None:
@@ -132,6 +143,19 @@ class ContextShelf(Shelf):
         del self._records[f"{_STATE}{round}"]
 
 
+def client_number(told: Any, clients: int) -> int:
+    """The client that a node is, by what its config says.
+
+    Raises:
+        InvalidValue: it is none of the fleet's.
+    """
+    if not str(told).isdecimal() or int(str(told)) >= clients:
+        raise InvalidValue(
+            f"{PARTITION} = {shown(told)}: one of 0 … {clients - 1} is needed, the fleet has {clients} clients"
+        )
+    return int(str(told))
+
+
 def make_client_app(plan_of: Callable[[Context], FleetPlan], folder_of: Callable[[Context], Path | None]) -> ClientApp:
     """The app that a node runs.
 
@@ -139,15 +163,15 @@ def make_client_app(plan_of: Callable[[Context], FleetPlan], folder_of: Callable
         plan_of: context → the plan; called for every message, so it should remember.
         folder_of: context → where this node's client keeps its states, or None: in the context.
     """
-    from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.clientapp import ClientApp
 
     app = ClientApp()
 
     @app.query()
     def who(message: Message, context: Context) -> Message:
-        plan_of(context)  # read before the first round, not in it
-        number = int(context.node_config[PARTITION])
+        plan = plan_of(context)  # read before the first round, not in it
+        number = client_number(context.node_config.get(PARTITION), plan.clients)
         return Message(RecordDict({"who": ConfigRecord({"client": number})}), reply_to=message)
 
     @app.train()
@@ -160,19 +184,51 @@ def make_client_app(plan_of: Callable[[Context], FleetPlan], folder_of: Callable
         watch = _limited(plan.time_limit, order)
         reply = work(plan, shelf, order, from_record(message.content.array_records["weights"]))
         watch.cancel()
-        content = RecordDict()
-        facts: dict[str, Any] = {"shared": reply.shared, "reason": reply.reason, "detail": reply.detail}
-        if reply.update is not None:
-            facts["examples"] = reply.update.examples
-            content["metrics"] = MetricRecord({**reply.update.metrics})
-            try:
-                content["weights"] = to_record(reply.update.weights)
-            except InvalidValue as error:
-                facts = {"shared": reply.shared, "reason": "wrong shape", "detail": str(error)}
-        content["facts"] = ConfigRecord(facts)
+        try:
+            content = to_content(reply)
+        except Exception as error:  # whatever a client has put into its update must not end the others' run
+            content = to_content(malformed(order.client, error))
         return Message(content, reply_to=message)
 
     return app
+
+
+def to_content(reply: Reply) -> RecordDict:
+    """A client's reply as Flower carries it."""
+    from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+    facts: dict[str, Any] = {"shared": reply.shared, "reason": reply.reason, "detail": reply.detail}
+    if (update := reply.update) is None:
+        return RecordDict({"facts": ConfigRecord(facts)})
+    return RecordDict(
+        {
+            "facts": ConfigRecord({**facts, "examples": update.examples}),
+            "metrics": MetricRecord({**update.metrics}),
+            "weights": to_record(update.weights),
+        }
+    )
+
+
+def from_content(content: RecordDict, client: int, bytes_down: int) -> Reply:
+    """Back from :func:`to_content`; content that another wrote may be anything, and is then of the wrong shape."""
+    bytes_up = size_of(content)
+    try:
+        facts: dict[str, Any] = dict(content.config_records["facts"])
+        if "examples" in facts:
+            metrics: dict[str, Any] = dict(content.metric_records["metrics"])
+            update = Update(from_record(content.array_records["weights"]), facts["examples"], metrics)
+        elif facts["reason"] in REASONS:
+            update = None
+        else:
+            raise InvalidValue(f"reason = {shown(facts['reason'])}: one of {', '.join(REASONS)}")
+        told = (client, update, bool(facts["shared"]), "" if update else facts["reason"], str(facts["detail"]))
+        return Reply(*told, bytes_down=bytes_down, bytes_up=bytes_up)
+    except Exception as error:  # NumPy and Flower raise errors of any kind for bytes that are not theirs
+        return malformed(client, error, bytes_down, bytes_up)
+
+
+def _simulated() -> bool:
+    return _FOLDER in os.environ
 
 
 def _note(what: Literal["begun", "late"], order: Order) -> Path | None:
@@ -180,8 +236,7 @@ def _note(what: Literal["begun", "late"], order: Order) -> Path | None:
 
     None outside of a simulation.
     """
-    folder = os.environ.get(_FOLDER)
-    return None if folder is None else Path(folder) / f"{order.client}-{order.round}.{what}"
+    return Path(os.environ[_FOLDER]) / f"{order.client}-{order.round}.{what}" if _simulated() else None
 
 
 def _leave(what: Literal["begun", "late"], order: Order) -> None:
@@ -207,8 +262,27 @@ def _limited(seconds: float | None, order: Order) -> threading.Timer:
     return watch
 
 
+@dataclass
+class _Node:
+    """What the server knows of a node."""
+
+    place: int
+    """Among all nodes, by when they came."""
+    again: float
+    """When it is to be asked who it is; infinite where it has told."""
+    asked: int = 0
+    """How often it was asked."""
+    tries: int = 0
+    """That failed."""
+    reason: str = ""
+    """Why it could not tell; "" where it could."""
+
+
 class OverGrid(Engine):
     """Orders as messages of a Flower grid; used inside a ServerApp.
+
+    A device that comes late, or comes back as another node, is asked who it is when a round begins, and takes part from
+    the round after its answer.
 
     Args:
         grid: of the ServerApp.
@@ -222,34 +296,68 @@ class OverGrid(Engine):
         self.at_once = at_once or plan.clients
         self.nodes: dict[int, int] = {}
         """Client → node."""
+        self._known: dict[int, _Node] = {}
+        self._asked: dict[str, int] = {}
+        """Message → node that has not answered it yet."""
 
     def __enter__(self) -> Self:
-        """Wait until every client's node is there and has read the plan.
+        """Wait until every client's node is there and has read the plan, or the time is over and some are.
 
         Raises:
-            EngineFailed: some are not there in time.
+            EngineFailed: none is there in time.
         """
-        from flwr.app import RecordDict
-
         deadline = time.monotonic() + self.patience
-        asked: set[int] = set()
-        waiting: dict[str, int] = {}
         while len(self.nodes) < self.plan.clients:
-            new = [node for node in self.grid.get_node_ids() if node not in asked]
-            for node in new:
-                asked.add(node)
-                waiting |= self._push(RecordDict(), node, "query")
-            for reply in self.grid.pull_messages(list(waiting)) if waiting else ():
-                node = waiting.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error():
-                    asked.discard(node)  # asked again: its worker may just have died
-                else:
-                    self.nodes[int(str(reply.content.config_records["who"]["client"]))] = node
+            self._meet()
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self.plan.clients)) - self.nodes.keys())
-                raise EngineFailed(f"clients {missing} are not there after {self.patience:g} s")
+                told = f"clients {missing} are not there after {self.patience:g} s{self._excuses()}"
+                if not self.nodes:
+                    raise EngineFailed(told)
+                if missing:
+                    log.warning("%s; the run goes on without them", told)
+                break
             time.sleep(POLL_SECONDS)
         return self
+
+    def _meet(self) -> None:
+        """Ask nodes that are new, or failed before, which client they are, and take down answers; waits for none."""
+        from flwr.app import RecordDict
+
+        now = time.monotonic()
+        for node in self.grid.get_node_ids():
+            known = self._known.setdefault(node, _Node(len(self._known), now))
+            if known.again <= now:
+                known.again = now + SILENCE_SECONDS * 2**known.asked  # its process may have died without a word
+                known.asked += 1
+                sent = self._push(RecordDict(), node, "query")
+                self._asked |= sent
+                if not sent:
+                    self._put_off(known, "it was there no more when it was asked")
+        for reply in self.grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(reply.metadata.reply_to_message_id)
+            known = self._known[node]
+            if reply.has_error():
+                self._put_off(known, _told(reply))
+                continue
+            try:
+                client = client_number(reply.content.config_records["who"]["client"], self.plan.clients)
+            except (KeyError, InvalidValue) as error:
+                self._put_off(known, f"{type(error).__name__}: {error}")
+                continue
+            known.reason, known.again = "", math.inf
+            if client not in self.nodes or known.place > self._known[self.nodes[client]].place:
+                self.nodes[client] = node  # a device that was started again may be a new node, the last one counts
+
+    def _put_off(self, node: _Node, reason: str) -> None:
+        first, most = RETRY_SECONDS
+        node.reason, node.again = reason, time.monotonic() + min(first * 2**node.tries, most)
+        node.tries += 1
+
+    def _excuses(self) -> str:
+        """What nodes said that could not tell who they are, as the end of a sentence."""
+        said = [f"node {node}: {known.reason}" for node, known in self._known.items() if known.reason]
+        return f"; nodes that could not start: {'; '.join(said)}" if said else ""
 
     def _push(self, content: RecordDict, node: int, kind: str) -> dict[str, int]:
         """{message: node}; empty if the node is gone."""
@@ -262,16 +370,23 @@ class OverGrid(Engine):
         """Send all orders, and wait for the replies until all are there or the time is over."""
         from flwr.app import ConfigRecord, RecordDict
 
-        record = to_record(weights)
+        self._meet()
+        full, empty = to_record(weights), to_record({})
         waiting: dict[str, Order] = {}
         replies: dict[int, Reply] = {}
         down: dict[int, int] = {}
+        since: dict[int, float] = {}
         start = time.monotonic()
 
         def send(order: Order) -> None:
-            content = RecordDict({"order": ConfigRecord(asdict(order)), "weights": record})
-            down[order.client] = size_of(content)
-            sent = self._push(content, self.nodes[order.client], "train")
+            if (node := self.nodes.get(order.client)) is None:
+                absent = f"no node has come that is this client{self._excuses()}"
+                replies[order.client] = Reply(order.client, None, True, "died", absent)
+                return
+            sent_weights = empty if order.bare else full
+            content = RecordDict({"order": ConfigRecord(asdict(order)), "weights": sent_weights})
+            down[order.client], since[order.client] = size_of(content), time.monotonic()
+            sent = self._push(content, node, "train")
             waiting.update(dict.fromkeys(sent, order))
             if not sent:
                 gone = "its node is not there any more"
@@ -287,8 +402,11 @@ class OverGrid(Engine):
                 order = waiting.pop(message.metadata.reply_to_message_id)
                 if _not_begun(message, order) and time.monotonic() - start < self.patience:
                     bounced.append(order)
+                elif message.has_error():
+                    seconds = time.monotonic() - since[order.client]
+                    replies[order.client] = self._failure(message, order, down[order.client], seconds)
                 else:
-                    replies[order.client] = self._reply(message, order, down[order.client])
+                    replies[order.client] = from_content(message.content, order.client, down[order.client])
             time.sleep(10 * POLL_SECONDS if bounced else POLL_SECONDS)
             for order in bounced:
                 send(order)
@@ -297,26 +415,29 @@ class OverGrid(Engine):
             replies[order.client] = Reply(order.client, None, True, "slow", late, down[order.client])
         return [replies[order.client] for order in orders]
 
-    def _reply(self, message: Message, order: Order, bytes_down: int) -> Reply:
-        if message.has_error():
-            if _left("late", order):
-                slow = f"was stopped after {self.plan.time_limit:g} s"
-                return Reply(order.client, None, True, "slow", slow, bytes_down)
-            told = (message.error.reason or "no reason given").strip().splitlines()[0]
-            died = "its process ended" if _left("begun", order) else f"its node told: {told}"
-            return Reply(order.client, None, True, "died", died, bytes_down)
-        content = message.content
-        facts: dict[str, Any] = dict(content.config_records["facts"])
-        examples, update = facts.pop("examples", None), None
-        if examples is not None:
-            metrics: dict[str, Any] = dict(content.metric_records["metrics"])
-            update = Update(from_record(content.array_records["weights"]), examples, metrics)
-        return Reply(order.client, update, bytes_down=bytes_down, bytes_up=size_of(content), **facts)
+    def _failure(self, message: Message, order: Order, bytes_down: int, seconds: float) -> Reply:
+        """A reply for an error that came ``seconds`` after the order was sent."""
+        limit, told = self.plan.time_limit, f"its node told: {_told(message)}"
+        if _left("late", order):
+            reason, detail = "slow", f"was stopped after {limit:g} s"
+        elif _left("begun", order):
+            reason, detail = "died", "its process ended"
+        elif not _simulated() and limit is not None and seconds >= limit:
+            # a device leaves no word: its process ends itself at the limit
+            reason, detail = "slow", f"ended after {seconds:.3g} s, the limit is {limit:g} s; {told}"
+        else:
+            reason, detail = "died", told
+        return Reply(order.client, None, True, reason, detail, bytes_down)
+
+
+def _told(message: Message) -> str:
+    """The reason of an error, in one line."""
+    return (message.error.reason or "no reason given").strip().splitlines()[0]
 
 
 def _not_begun(message: Message, order: Order) -> bool:
     """Whether a simulation's worker was just being started anew and never saw the order."""
-    return message.has_error() and os.environ.get(_FOLDER) is not None and not _left("begun", order)
+    return message.has_error() and _simulated() and not _left("begun", order)
 
 
 @cache
@@ -361,7 +482,13 @@ class Simulation(Engine):
             (self._work / "plan").write_bytes(cloudpickle.dumps((self.plan, self.folder)))
             self._pipe, theirs = Pipe()
             code = f"from sparing.federated.flower import simulate; simulate({theirs.fileno()})"
-            environment = {**os.environ, **QUIET, _FOLDER: str(self._work), "PYTHONPATH": os.pathsep.join(sys.path)}
+            environment = {
+                **os.environ,
+                **QUIET,
+                **NO_GPU,
+                _FOLDER: str(self._work),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            }
             with (self._work / "log").open("wb") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code],

@@ -12,6 +12,7 @@ This file knows no transport. :func:`run_federated` runs the clients one after a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import struct
 import time
@@ -32,15 +33,19 @@ from torch import Tensor
 
 from sparing.core import files
 from sparing.core.errors import CorruptFile, InvalidValue, shown
+from sparing.core.probe import peak_mib
 from sparing.core.randomness import derive_seed, isolated_rng
 from sparing.core.store import Progress
 from sparing.federated.clients import ContinualClient, Update, Weights, check_weights
 
+log = logging.getLogger("sparing")
 ENGINES = ("inprocess", "flower")
 WEIGHTINGS = ("examples", "equal")
 REASONS = ("died", "raised", "slow", "not finite", "wrong shape")
 """Why a client is left out of a round's average."""
 
+_MOST = 2**53
+"""Examples from which a float64 counts them no more one by one."""
 _LENGTH, _NUMBER = struct.Struct("<I"), struct.Struct("<d")
 
 
@@ -104,8 +109,14 @@ class FleetPlan:
 
     def stream(self, client: int, position: int) -> tuple[Any, range]:
         """(data set, classes) of the task that a client meets at this position of the run."""
-        task = position if self.orders is None else self.orders[client][position]
-        return self.data_of(client, task), self.blocks[task]
+        return self.data_of(client, self._task(client, position)), self.classes(client, position)
+
+    def classes(self, client: int, position: int) -> range:
+        """Classes of the task that a client meets at this position of the run."""
+        return self.blocks[self._task(client, position)]
+
+    def _task(self, client: int, position: int) -> int:
+        return position if self.orders is None else self.orders[client][position]
 
 
 @dataclass(frozen=True)
@@ -130,9 +141,9 @@ class RoundReport:
     averaged: tuple[int, ...]
     dropped: tuple[Dropped, ...]
     bytes_down: int
-    """Size of the serialised messages to clients; 0 for clients that share nothing."""
+    """Size of the serialised messages to clients."""
     bytes_up: int
-    """Size of the serialised messages from clients; 0 for clients that share nothing."""
+    """Size of the serialised messages from clients; those that share nothing send weights for the figures alone."""
     seconds: float
     """From the first message to the new weights."""
     metrics: dict[int, dict[str, float]]
@@ -173,12 +184,13 @@ class FleetResult:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Reason → how often a client was left out of a round for it."""
-        return dict(sorted(Counter(each.reason for report in self.rounds for each in report.dropped).items()))
+        """Reason → how often a client was left out of a round for it, or did not answer the message at the end."""
+        reports = (*self.rounds, self.end)
+        return dict(sorted(Counter(each.reason for report in reports for each in report.dropped).items()))
 
     def total(self, metric: str) -> float:
-        """Sum of a metric over rounds and clients."""
-        return sum(found.get(metric, 0.0) for report in self.rounds for found in report.metrics.values())
+        """Sum of a metric over rounds, the end, and clients."""
+        return sum(found.get(metric, 0.0) for report in (*self.rounds, self.end) for found in report.metrics.values())
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,8 @@ class Order:
     round: int
     since: int
     """The round after which the client's state is taken; -1: it starts anew."""
+    bare: bool = False
+    """Whether no weights go with it: a client that shares nothing has its own."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +214,7 @@ class Reply:
     client: int
     update: Update | None = None
     shared: bool = True
+    """Whether the update is to enter the average."""
     reason: str = ""
     detail: str = ""
     bytes_down: int = 0
@@ -217,7 +232,10 @@ class Engine(ABC):
 
     @abstractmethod
     def ask(self, orders: Sequence[Order], weights: Weights) -> list[Reply]:
-        """One reply for each order, in their order; a client that failed is a reply with a reason."""
+        """One reply for each order, in their order; a client that failed is a reply with a reason.
+
+        The weights go with each order that is not bare.
+        """
 
 
 def sampled(plan: FleetPlan, round: int) -> tuple[int, ...]:
@@ -230,23 +248,28 @@ def sampled(plan: FleetPlan, round: int) -> tuple[int, ...]:
 def answer(
     client: ContinualClient,
     streams: Callable[[int], tuple[Any, range]],
+    earlier: Sequence[range],
     task: int,
     round: int,
     weights: Weights,
 ) -> Update:
     """A client's answer to a message: meet the task, train, send what was learned.
 
-    A client that was in an earlier task ends that one first, from what it keeps of its last round there.
+    A client that was in an earlier task ends that one first, from what it keeps of its last round there. It is told the
+    classes of all earlier tasks, also of those in which it was never asked: others have learnt them.
 
     Args:
         client: as its state says, i.e. after ``load_state``.
         streams: position of a task in the run → (data set, classes).
+        earlier: classes of each position before the message's.
         task: the message's.
         round: the message's, counted over the whole run.
         weights: the message's.
     """
     if client.task is not None and client.task != task:
         end(client, streams)
+    for position, classes in enumerate(earlier):
+        client.blocks.setdefault(position, classes)
     client.start_task(task, *streams(task))
     return client.train_round(weights, round)
 
@@ -354,27 +377,48 @@ def work(plan: FleetPlan, shelf: Shelf, order: Order, weights: Weights) -> Reply
     """The client's side of an order. Whatever goes wrong in it is a reply with the reason.
 
     The client is built, takes the state that the order names, computes with one thread, and puts its new state on the
-    shelf before it answers.
+    shelf before it answers. A client whose state is lost or damaged goes on from an older one, or begins anew, and
+    reports the metric ``state_lost``.
     """
     streams = partial(plan.stream, order.client)
+    start, cpu = time.perf_counter(), time.process_time()
     try:
         with one_thread(), isolated_rng(plan.seed, "client", order.client, "round", order.round):
-            client = plan.make_client(order.client)
-            if order.since >= 0:
-                if order.since not in shelf.rounds():
-                    raise CorruptFile(f"client {order.client} has no state after round {order.since}")
-                client.load_state(shelf.get(order.since))
+            client, since = _client(plan, shelf, order)
             if order.kind == "train":
-                update = answer(client, streams, order.task, order.round, weights)
+                earlier = [plan.classes(order.client, position) for position in range(order.task)]
+                given = weights or plan.weights  # with a bare order, for a client that has lost its own
+                update = answer(client, streams, earlier, order.task, order.round, given)
             else:
                 end(client, streams)
                 update = Update({}, 0, {})
             state = client.state()
             shelf.keep(order.round, state, order.since)
-        kept = float(sum(tensor.nbytes for tensor in state.values()))
-        return Reply(order.client, replace(update, metrics={**update.metrics, "state_bytes": kept}), client.shared)
+        metrics = {
+            **update.metrics,
+            "state_bytes": float(sum(tensor.nbytes for tensor in state.values())),
+            "seconds": time.perf_counter() - start,
+            "cpu_s": time.process_time() - cpu,
+            "peak_bytes": peak_mib() * 2**20,
+        }
+        if since != order.since:
+            metrics["state_lost"] = 1.0
+        return Reply(order.client, replace(update, metrics=metrics), client.shared)
     except Exception as error:  # a client's fault must not end the others' run
         return Reply(order.client, reason="raised", detail=f"{type(error).__name__}: {error}")
+
+
+def _client(plan: FleetPlan, shelf: Shelf, order: Order) -> tuple[ContinualClient, int]:
+    """The client with the newest intact state that is no younger than the order's, and that state's round, or -1."""
+    for since in [each for each in reversed(shelf.rounds()) if each <= order.since]:
+        client = plan.make_client(order.client)
+        try:
+            client.load_state(shelf.get(since))
+        except Exception as error:  # whatever a damaged state is refused with
+            log.warning("client %d: its state after round %d cannot be read: %s", order.client, since, error)
+        else:
+            return client, since
+    return plan.make_client(order.client), -1
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -404,7 +448,14 @@ def unpack(message: bytes) -> tuple[dict[str, Any], Weights]:
 
 
 def pack_reply(reply: Reply) -> bytes:
-    """A client's reply as bytes."""
+    """A client's reply as bytes; one whose update cannot be written is a reply of the wrong shape."""
+    try:
+        return _pack_reply(reply)
+    except Exception as error:  # whatever a client has put into its update must not end the others' run
+        return _pack_reply(malformed(reply.client, error))
+
+
+def _pack_reply(reply: Reply) -> bytes:
     facts = {"client": reply.client, "shared": reply.shared, "reason": reply.reason, "detail": reply.detail}
     if reply.update is None:
         return pack(facts, {})
@@ -416,10 +467,16 @@ def pack_reply(reply: Reply) -> bytes:
 def unpack_reply(message: bytes, bytes_down: int, bytes_up: int) -> Reply:
     """Back from :func:`pack_reply`, with the sizes of the messages it took."""
     facts, weights = unpack(message)
-    examples = facts.pop("examples", None)
-    metrics = {name: _NUMBER.unpack(bytes.fromhex(value))[0] for name, value in facts.pop("metrics", {}).items()}
-    update = None if examples is None else Update(weights, examples, metrics)
-    return Reply(update=update, bytes_down=bytes_down, bytes_up=bytes_up, **facts)
+    metrics = {name: _NUMBER.unpack(bytes.fromhex(value))[0] for name, value in facts.get("metrics", {}).items()}
+    update = Update(weights, facts["examples"], metrics) if "examples" in facts else None
+    told = (facts["client"], update, facts["shared"], facts["reason"], facts["detail"])
+    return Reply(*told, bytes_down=bytes_down, bytes_up=bytes_up)
+
+
+def malformed(client: int, error: Exception, bytes_down: int = 0, bytes_up: int = 0) -> Reply:
+    """In the place of a reply that cannot be sent, or read."""
+    detail = f"{type(error).__name__}: {error}"
+    return Reply(client, reason="wrong shape", detail=detail, bytes_down=bytes_down, bytes_up=bytes_up)
 
 
 class InProcess(Engine):
@@ -436,7 +493,7 @@ class InProcess(Engine):
         replies = []
         for order in orders:
             start = time.perf_counter()
-            down = pack(asdict(order), weights)
+            down = pack(asdict(order), {} if order.bare else weights)
             facts, received = unpack(down)
             up = pack_reply(work(self.plan, self.shelves[order.client], Order(**facts), received))
             reply = unpack_reply(up, len(down), len(up))
@@ -452,7 +509,7 @@ def checked(update: Update, like: Weights) -> tuple[str, str] | None:
     """(reason, detail) why an update cannot enter an average, or None when it can.
 
     Args:
-        update: a client's.
+        update: a client's; of its fields only ``weights`` is known to be tensors by name.
         like: the shared state dict, whose keys, shapes and types it must have.
     """
     if missing := like.keys() - update.weights.keys():
@@ -467,8 +524,18 @@ def checked(update: Update, like: Weights) -> tuple[str, str] | None:
             return "wrong shape", f"{name} is {found.dtype}, not {wanted.dtype}"
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             return "not finite", f"{name} holds NaN or infinity"
-    if update.examples < 1:
-        return "wrong shape", f"it counts {update.examples} examples"
+    if isinstance(update.examples, bool) or not isinstance(update.examples, int) or not 1 <= update.examples < _MOST:
+        return "wrong shape", f"it counts {shown(update.examples)} examples: a whole number ≥ 1 is needed"
+    return _odd_metric(update.metrics)
+
+
+def _odd_metric(metrics: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(reason, detail) of the first metric that is no finite number, or None."""
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "wrong shape", f"the metric {name} = {shown(value)}: a number is needed"
+        if not math.isfinite(value):
+            return "not finite", f"the metric {name} = {value}"
     return None
 
 
@@ -590,7 +657,10 @@ def _one_round(plan: FleetPlan, engine: Engine, state: _State, task: int) -> Non
     start = time.perf_counter()
     number = state.done
     asked = sampled(plan, number)
-    orders = [Order("train", client, task, number, state.since.get(client, -1)) for client in asked]
+    orders = [
+        Order("train", client, task, number, state.since.get(client, -1), bare=client in state.local)
+        for client in asked
+    ]
     replies = engine.ask(orders, state.weights)
     good, dropped = _sorted_out(replies, state.weights)
     if not good:
@@ -609,8 +679,8 @@ def _one_round(plan: FleetPlan, engine: Engine, state: _State, task: int) -> Non
             asked,
             tuple(client for client, _, _ in good),
             tuple(dropped),
-            sum(reply.bytes_down for reply in replies if reply.shared),
-            sum(reply.bytes_up for reply in replies if reply.shared),
+            sum(reply.bytes_down for reply in replies),
+            sum(reply.bytes_up for reply in replies),
             time.perf_counter() - start,
             {client: update.metrics for client, update, _ in good},
         )
@@ -635,14 +705,20 @@ def _end(plan: FleetPlan, engine: Engine, state: _State) -> RoundReport:
     task, asked = len(plan.blocks) - 1, tuple(sorted(state.since))
     orders = [Order("end", client, task, plan.rounds, state.since[client]) for client in asked]
     replies = engine.ask(orders, {})
+    # nothing is averaged here, so nothing is asked of the examples
+    good, dropped = _sorted_out([_counting(reply) for reply in replies], {})
     return RoundReport(
         task,
         plan.rounds,
         asked,
         (),
-        tuple(Dropped(reply.client, reply.reason, reply.detail) for reply in replies if reply.update is None),
-        sum(reply.bytes_down for reply in replies if reply.shared),
-        sum(reply.bytes_up for reply in replies if reply.shared),
+        tuple(dropped),
+        sum(reply.bytes_down for reply in replies),
+        sum(reply.bytes_up for reply in replies),
         time.perf_counter() - start,
-        {reply.client: reply.update.metrics for reply in replies if reply.update is not None},
+        {client: update.metrics for client, update, _ in good},
     )
+
+
+def _counting(reply: Reply) -> Reply:
+    return reply if reply.update is None else replace(reply, update=replace(reply.update, examples=1))

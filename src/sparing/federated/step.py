@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from sparing.core.devices import AUTO, device_named
 from sparing.core.errors import DataError, IncompatibleStep, InvalidValue, shown
 from sparing.core.randomness import derive_seed
 from sparing.core.step import Stage, Step, step
@@ -210,28 +211,44 @@ class Federate(Step):
         from sparing.core.store import JSON, TENSORS, All
         from sparing.core.training.step import load_weights
 
-        self.check(job.task)
-        _check_plan(job.training, self.id)
-        blocks = blocks_of(job.task)
+        self.check_job(job)
 
         def compute() -> dict[str, Any]:
-            result = self.run(job, blocks)
-            job.store.once("timings", lambda: _clocks(result), JSON)
+            result = self.run(job)
+            job.store.once("clocks", lambda: _clocks(result), JSON)
             own = result.local[min(result.local)] if result.local else result.weights
             return {"weights": dict(own), "record": _record(result)}
 
         stored = job.store.once("fleet", compute, All({"weights": TENSORS, "record": JSON}))
         trained = job.fresh_model()
         load_weights(trained, stored["weights"])
-        self.report(job, stored["record"], job.store.once("timings", dict, JSON))
+        self.report(job, stored["record"], job.store.once("clocks", dict, JSON))
         return job.replace(model=trained, predictor=ModulePredictor(trained, job.task), training=TrainingPlan())
 
-    def run(self, job: Job, blocks: Sequence[range]) -> FleetResult:
-        """Train the fleet; after each task its accuracies on the validation data of all tasks are figures."""
-        from sparing.core.predictor import ModulePredictor
+    def check_job(self, job: Job) -> None:
+        """Raise :class:`IncompatibleStep` for a task or a training plan that clients cannot honour."""
+        self.check(job.task)
+        _check_plan(job.training, self.id)
+
+    def run(self, job: Job) -> FleetResult:
+        """Train the fleet; its figures are those of :meth:`task_figures`."""
         from sparing.federated.rounds import run_federated
 
-        model = job.fresh_model()
+        return run_federated(self.fleet_of(job), self.engine, job.store.progress("fleet"), self.task_figures(job))
+
+    def fleet_of(self, job: Job) -> FleetPlan:
+        """What a run of the fleet on a job depends on."""
+        return self.fleet(job.fresh_model(), job.train, blocks_of(job.task), job.training, job.seed)
+
+    def task_figures(self, job: Job) -> Callable[[int, Mapping[str, Any], Mapping[int, Any]], list[float]]:
+        """What is done after each task: measure its accuracies on the validation data of all tasks.
+
+        A client's are in the order in which it learns the tasks; where clients share nothing, they are means over the
+        clients' own weights.
+        """
+        from sparing.core.predictor import ModulePredictor
+
+        model, blocks = job.fresh_model(), blocks_of(job.task)
         order_of = self.orders(len(blocks), job.seed) or (tuple(range(len(blocks))),) * self.clients
 
         def accuracies(weights: Mapping[str, Any]) -> list[float]:
@@ -240,14 +257,12 @@ class Federate(Step):
             return [found[name] for name in _accuracy_names(job.task, len(blocks))]
 
         def on_task_end(position: int, weights: Mapping[str, Any], local: Mapping[int, Any]) -> list[float]:
-            # a client's accuracy on the tasks in the order in which it learns them; without a server each has its own
             shared = {} if local else dict.fromkeys(range(self.clients), accuracies(weights))
             own = shared or {client: accuracies(each) for client, each in local.items()}
             rows = [[row[task] for task in order_of[client]] for client, row in sorted(own.items())]
             return np.mean(rows, axis=0).tolist()
 
-        plan = self.fleet(model, job.train, blocks, job.training, job.seed)
-        return run_federated(plan, self.engine, job.store.progress("fleet"), on_task_end)
+        return on_task_end
 
     def fleet(
         self,
@@ -269,10 +284,18 @@ class Federate(Step):
             shares: sample numbers of each task for each client; None: as :meth:`shares` deals them.
 
         Raises:
-            InvalidValue: a client would be without a sample of a task.
+            InvalidValue: a client would be without a sample of a task, or the settings say another number of tasks.
         """
         from sparing.federated.rounds import FleetPlan
 
+        settings = self
+        if self.settings.get("extractor") == "packnet":
+            if (number := self.settings.get("tasks")) not in (None, len(blocks)):
+                raise InvalidValue(
+                    f"{self.id}: settings has tasks = {number}, but there are {len(blocks)}; leave it out"
+                )
+            told = {**self.settings, "tasks": len(blocks)}
+            settings = replace(self, settings=told)  # type: ignore[call-arg]  # pydantic's decorator adds it
         start = copy.deepcopy(model).cpu()
         return FleetPlan(
             clients=self.clients,
@@ -280,7 +303,7 @@ class Federate(Step):
             rounds_per_task=self.rounds_per_task,
             seed=derive_seed(seed, "federate"),
             weights={name: tensor.detach().clone() for name, tensor in start.state_dict().items()},
-            make_client=partial(make_client, self, start, training, derive_seed(seed, "client")),
+            make_client=partial(make_client, settings, start, training, derive_seed(seed, "client")),
             data_of=Shares(data, self.shares(class_labels(data), blocks, seed) if shares is None else shares),
             fraction=self.fraction,
             weighting=self.weighting,
@@ -303,7 +326,7 @@ class Federate(Step):
             job.record("validation forgetting rate", float(found.forgetting_rate[-1]), "")
             job.record("validation backward transfer", found.backward_transfer, "", better="higher")
         job.record("rounds", len(record["rounds"]), "")
-        for name, (value, unit) in {**record["totals"], **clocks}.items():
+        for name, (value, unit) in {**record["totals"], **clocks.get("figures", {})}.items():
             job.record(name, value, unit)
         for reason, count in record["dropped"].items():
             job.record(f"updates dropped: {reason}", count, "")
@@ -315,6 +338,13 @@ class Federate(Step):
             job.notes.curves[f"validation {scored}"] = points[task:]
         sent = np.cumsum([each["bytes"] for each in record["rounds"]]).tolist()
         job.notes.curves["bytes sent"] = [(float(x), float(y)) for x, y in zip(rounds, sent, strict=True)]
+        job.notes.curves["bytes of a task"] = [
+            (float(end), float(sum(each["bytes"] for each in record["rounds"][end - self.rounds_per_task : end])))
+            for end in ends
+        ]
+        if "rounds" in clocks:
+            seconds = zip(rounds, clocks["rounds"], strict=True)
+            job.notes.curves["seconds of a round"] = [(float(x), float(y)) for x, y in seconds]
         job.notes.curves["train_loss"] = [(float(each["round"] + 1), each["loss"]) for each in record["rounds"]]
         job.notes.remarks.append(
             f"{self.method} on {self.clients} clients, {len(rounds)} rounds over {tasks} task{'s' * (tasks > 1)}"
@@ -342,11 +372,11 @@ class Shares:
 
 
 def make_client(settings: Federate, model: nn.Module, plan: TrainingPlan, seed: int, number: int) -> ContinualClient:
-    """One client with a model of its own and what it takes of the training plan."""
+    """One client with a model of its own, on the GPU if its process sees one, and what it takes of the plan."""
     from sparing.federated.clients import METHODS
 
     return METHODS[settings.method][0](
-        copy.deepcopy(model),
+        copy.deepcopy(model).to(device_named(AUTO)),
         settings.method_settings(number),
         seed,
         number,
@@ -412,11 +442,12 @@ def _record(result: FleetResult) -> dict[str, Any]:
         "bytes to clients": (result.bytes_down, "B"),
         "bytes from clients": (result.bytes_up, "B"),
         "updates averaged": (sum(len(report.averaged) for report in result.rounds), ""),
-        "updates dropped": (sum(len(report.dropped) for report in result.rounds), ""),
+        "updates dropped": (sum(result.dropped.values()), ""),
         "state of a client": (max((found.get("state_bytes", 0.0) for found in kept), default=0.0), "B"),
     }
     if any("qp_steps" in found for found in told):
         totals["QP activations"] = (result.total("qp_steps"), "")
+        totals["QP fall-backs"] = (result.total("qp_fallen_back"), "")
     if knowledge := [found["knowledge_bytes"] for found in last if "knowledge_bytes" in found]:
         totals["knowledge of a client"] = (max(knowledge), "B")
     rounds = [
@@ -428,10 +459,15 @@ def _record(result: FleetResult) -> dict[str, Any]:
         for report in result.rounds
     ]
     lost = [
-        f"round {report.round + 1}: client {each.client + 1} was left out: {each.reason} ({each.detail})"
-        for report in result.rounds
+        f"{when}: client {each.client + 1} was left out: {each.reason} ({each.detail})"
+        for when, report in [*((f"round {each.round + 1}", each) for each in result.rounds), ("at the end", result.end)]
         for each in report.dropped
     ]
+    if forgot := int(result.total("state_lost")):
+        lost.insert(
+            0,
+            f"times that a client's state was lost or damaged, so that it went on from an older one or anew: {forgot}",
+        )
     return {
         "accuracy": list(result.figures),
         "alone": min(result.local, default=None),
@@ -443,7 +479,7 @@ def _record(result: FleetResult) -> dict[str, Any]:
 
 
 def _clocks(result: FleetResult) -> dict[str, Any]:
-    """What was read from clocks and from the system, as plain JSON: figure → (value, unit)."""
+    """What was read from clocks and from the system, as plain JSON: figures (name → value, unit), rounds' seconds."""
     told = [found for report in (*result.rounds, result.end) for found in report.metrics.values()]
     clocks = {
         "start of the engine": (result.start_seconds, "s"),
@@ -452,5 +488,6 @@ def _clocks(result: FleetResult) -> dict[str, Any]:
         "CPU seconds of clients": (result.total("cpu_s"), "s"),
     }
     if peaks := [found["peak_bytes"] for found in told if "peak_bytes" in found]:
-        clocks["peak memory of a client"] = (max(peaks) / 2**20, "MiB")
-    return clocks
+        # of the process, with all that it did before; an engine's process is used by one client after the other
+        clocks["peak memory of a process with clients"] = (max(peaks) / 2**20, "MiB")
+    return {"figures": clocks, "rounds": [report.seconds for report in result.rounds]}
