@@ -161,10 +161,14 @@ def test_the_reference_of_a_tasks_start_is_that_of_its_first_round(fields: dict[
     agree(found, fedknow_by_hand(made.settings, net(2), net(1), round=1)[0])
 
 
-def test_a_programme_that_cannot_be_solved_is_counted_and_leaves_plain_descent():
-    made, plain = knowing(), client("fedavg")
-    broken = {name: tensor * float("nan") for name, tensor in net(1).state_dict().items()}
-    made.knowledge = {0: TaskKnowledge.of(broken, {}, 0, BLOCKS[0])}
+@pytest.mark.parametrize("method", ["fedknow", "gem"])
+def test_a_programme_that_cannot_be_solved_is_counted_and_leaves_plain_descent(method: str):
+    made, plain = client(method), client("fedavg")
+    if isinstance(made, FedKNOWClient):
+        broken = {name: tensor * float("nan") for name, tensor in net(1).state_dict().items()}
+        made.knowledge = {0: TaskKnowledge.of(broken, {}, 0, BLOCKS[0])}
+    else:
+        made.memory = {0: (X * float("nan"), Y - 6)}  # type: ignore[attr-defined]
     update = made.train_round(net(1).state_dict(), 0)
     assert (update.metrics["qp_steps"], update.metrics["qp_fallen_back"]) == (0, 2)
     expected = plain.train_round(net(1).state_dict(), 0).weights

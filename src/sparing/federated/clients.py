@@ -368,6 +368,53 @@ def integrated_step(
     return info
 
 
+@dataclass(frozen=True, kw_only=True)
+class IntegratorSettings(ClientSettings):
+    """Those of every :class:`IntegratorClient`."""
+
+    margin: float = MARGIN
+    """Lower bound of the dual variables."""
+    eps: float = EPS
+    """ε of the quadratic programme."""
+    eps_relative: bool = False
+    """ε as a share of the mean squared length of the columns."""
+    clip: float = CLIP
+    """Largest norm of a gradient that the programme changed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, margin=0, eps=0, clip=0)
+
+
+class IntegratorClient(ContinualClient):
+    """One whose steps harm no column, and which counts what became of them."""
+
+    last: Integration | None = None
+    """What became of the last step's gradient; None without an earlier task."""
+
+    def _begin(self, weights: Mapping[str, Tensor]) -> None:
+        self._solved = self._fallen = 0
+
+    def _integrate(
+        self,
+        optimizer: Optimizer,
+        loss: Tensor,
+        columns: Tensor | None,
+        parameters: Sequence[nn.Parameter],
+        projected: Sequence[nn.Parameter],
+    ) -> None:
+        """:func:`integrated_step` with the settings' constants."""
+        chosen = self.settings
+        constants = chosen.margin, chosen.eps, chosen.eps_relative, chosen.clip
+        self.last = integrated_step(optimizer, loss, columns, parameters, projected, *constants)
+        if self.last is not None:
+            self._solved += self.last.solved
+            self._fallen += self.last.fallen_back
+
+    def _counts(self) -> dict[str, float]:
+        return {"qp_steps": float(self._solved), "qp_fallen_back": float(self._fallen)}
+
+
 # ------------------------------------------------------------------------------------------------------ the baselines
 
 
@@ -495,35 +542,23 @@ class EWCClient(ContinualClient):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GEMSettings(ClientSettings):
+class GEMSettings(IntegratorSettings):
     """Those of :class:`GEMClient`."""
 
     memory: int = 20
     """Kept of each task."""
-    margin: float = MARGIN
-    """Lower bound of the dual variables."""
-    eps: float = EPS
-    """ε of the quadratic programme."""
-    eps_relative: bool = False
-    """ε as a share of the mean squared length of the columns."""
-    clip: float = CLIP
-    """Largest norm of a gradient that the programme changed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, memory=1, margin=0, eps=0, clip=0)
+        _at_least(self, memory=1)
 
 
-class GEMClient(ContinualClient):
+class GEMClient(IntegratorClient):
     """Keeps a few samples of each task, whose gradients no step may harm (Lopez-Paz and Ranzato 2017)."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self._solved = 0
-
-    def _begin(self, weights: Mapping[str, Tensor]) -> None:
-        self._solved = 0
 
     def _step(self, optimizer: Optimizer, x: Tensor, y: Tensor, epoch: int, number: int) -> float:
         parameters = list(trained_parameters(self.model).values())
@@ -533,23 +568,8 @@ class GEMClient(ContinualClient):
             old = cross_entropy(block_logits(self.model(old_x), block), old_y - block.start)
             columns.append(flat_gradient(old, parameters))
         loss = self._loss(block_logits(self.model(x), self.classes), y)
-        chosen = self.settings
-        info = integrated_step(
-            optimizer,
-            loss,
-            torch.stack(columns, 1) if columns else None,
-            parameters,
-            parameters,
-            chosen.margin,
-            chosen.eps,
-            chosen.eps_relative,
-            chosen.clip,
-        )
-        self._solved += info is not None and info.solved
+        self._integrate(optimizer, loss, torch.stack(columns, 1) if columns else None, parameters, parameters)
         return float(loss.detach())
-
-    def _counts(self) -> dict[str, float]:
-        return {"qp_steps": float(self._solved)}
 
     def _keep(self, t: int) -> None:
         chosen = torch.randperm(len(self._data))[: self.settings.memory].tolist()
@@ -605,21 +625,13 @@ class LwFClient(FedAvgClient):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedKNOWSettings(ClientSettings):
+class FedKNOWSettings(IntegratorSettings):
     """Those of :class:`FedKNOWClient`."""
 
     rho: float = 0.1
     """Share of the weights that is kept of a task; with "packnet" of those that are free."""
     k: int = 10
     """Earlier tasks whose gradients no step may harm: the most dissimilar ones."""
-    margin: float = MARGIN
-    """Lower bound of the dual variables."""
-    eps: float = EPS
-    """ε of the quadratic programme."""
-    eps_relative: bool = False
-    """ε as a share of the mean squared length of the columns."""
-    clip: float = CLIP
-    """Largest norm of a gradient that the programme changed."""
     temperature: float = TEMPERATURE
     """Of the soft labels."""
     metric: Metric = "wasserstein"
@@ -643,7 +655,7 @@ class FedKNOWSettings(ClientSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("rho", self.rho)
-        _at_least(self, k=1, margin=0, eps=0, clip=0, head_epochs=0, finetune_epochs=0)
+        _at_least(self, k=1, head_epochs=0, finetune_epochs=0)
         _one_of(
             self,
             metric=tuple(DISTANCES),
@@ -664,7 +676,7 @@ class FedKNOWSettings(ClientSettings):
             raise InvalidValue(f'tasks = {self.tasks} is for extractor = "packnet"')
 
 
-class FedKNOWClient(ContinualClient):
+class FedKNOWClient(IntegratorClient):
     """Turns every update so that neither earlier tasks nor the aggregated model lose by it (Luopan et al. 2023).
 
     Earlier tasks are known by a few of their weights (:mod:`sparing.federated.knowledge`), which label the current
@@ -673,9 +685,6 @@ class FedKNOWClient(ContinualClient):
     made with, trains beside the first in every round; it is pruned and trained on when the next task begins, since a
     client does not know which of its rounds is the last, and these passes come on top of the local epochs.
     """
-
-    last: Integration | None
-    """What became of the last step's gradient; None without an earlier task."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -687,12 +696,12 @@ class FedKNOWClient(ContinualClient):
         self.packnet = (
             PackNet(copy.deepcopy(self.model), self.settings.rho) if self.settings.extractor == "packnet" else None
         )
-        self.last = None
         self._head = (
             head_names(self.model) if self.settings.project == "features" or self.settings.head_epochs else set()
         )
 
     def _begin(self, weights: Mapping[str, Tensor]) -> None:
+        super()._begin(weights)
         chosen = self.settings
         if chosen.reference == "task_start" and not self.start:
             self.start = _copied(weights)
@@ -704,7 +713,6 @@ class FedKNOWClient(ContinualClient):
                 self._reference.load_state_dict(self.start)
         self._teachers = {t: each.materialize(self.model) for t, each in sorted(self.knowledge.items())}
         self._signature = list(self._teachers)
-        self._solved = self._fallen = 0
 
     def _train(self, weights: Mapping[str, Tensor]) -> tuple[list[float], dict[str, float]]:
         found = super()._train(weights)
@@ -724,20 +732,7 @@ class FedKNOWClient(ContinualClient):
         logits = self.model(x)
         loss = self._loss(block_logits(logits, self.classes), y)
         columns = self._columns(x, logits, loss, list(projected.values()), choose=number == 0)
-        self.last = integrated_step(
-            optimizer,
-            loss,
-            columns,
-            list(learning.values()),
-            list(projected.values()),
-            chosen.margin,
-            chosen.eps,
-            chosen.eps_relative,
-            chosen.clip,
-        )
-        if self.last is not None:
-            self._solved += self.last.solved
-            self._fallen += self.last.fallen_back
+        self._integrate(optimizer, loss, columns, list(learning.values()), list(projected.values()))
         return float(loss.detach())
 
     def _columns(
@@ -776,11 +771,7 @@ class FedKNOWClient(ContinualClient):
         return float(loss.detach())
 
     def _counts(self) -> dict[str, float]:
-        return {
-            "qp_steps": float(self._solved),
-            "qp_fallen_back": float(self._fallen),
-            "knowledge_bytes": float(self.knowledge_bytes),
-        }
+        return super()._counts() | {"knowledge_bytes": float(self.knowledge_bytes)}
 
     @property
     def knowledge_bytes(self) -> int:
