@@ -294,6 +294,40 @@ def test_the_information_of_single_samples_is_that_of_fisher():
     torch.testing.assert_close(made.pull["0.weight"], expected * model.weight.detach())
 
 
+def softened() -> Any:
+    """Labels as probabilities over the whole head, most of it on the sample's class, the rest on its neighbour's."""
+
+    def transform(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        sure = nn.functional.one_hot(batch[1], 8).float()
+        return batch[0], 0.9 * sure + 0.1 * nn.functional.one_hot(batch[1] ^ 1, 8)
+
+    return transform
+
+
+class Softened(TensorDataset):
+    """The same labels in the data itself."""
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = super().__getitem__(index)
+        return softened()((x, y[None]))[0], softened()((x, y[None]))[1][0]
+
+
+@pytest.mark.parametrize("soft_data", [False, True], ids=["transform", "data"])
+@pytest.mark.parametrize(("method", "fields"), [*VARIANTS[:7], ("fedknow", PACKNET)], ids=named)
+def test_soft_labels_are_learnt_from_in_rounds_and_at_a_tasks_end(method: str, fields: dict[str, Any], soft_data: bool):
+    settings = method_settings(method, **SMALL | fields)
+    soft = METHODS[method][0](net(), settings, 0, 0, sgd, () if soft_data else (softened,))
+    found = []
+    for made in (soft, client(method, **fields)):
+        for t in range(2):
+            made.start_task(t, Softened(*samples(t).tensors) if soft_data and made is soft else samples(t), BLOCKS[t])
+            weights = made.train_round(net().state_dict(), t).weights
+            made.end_task(t)
+        found.append(weights)
+        assert made.evaluate(1, samples(1), weights)[0] > 12
+    assert not same(*found)
+
+
 def test_stored_samples_are_the_clients_own_and_as_many_as_asked_for():
     made = client("gem", memory=5)
     assert isinstance(made, GEMClient)
@@ -361,7 +395,7 @@ def test_wrong_use_is_told():
         made.load_state({})
     strange = client("fedavg")
     strange.start_task(1, samples(0), BLOCKS[1])
-    with pytest.raises(InvalidValue, match=r"class [01] in the data of task 1, range\(2, 4\)"):
+    with pytest.raises(InvalidValue, match=r"client 0, task 1: class [01] in the data of a task of range\(2, 4\)"):
         strange.train_round(net().state_dict(), 0)
     beyond = client("fedavg")
     beyond.start_task(4, samples(3), range(8, 10))

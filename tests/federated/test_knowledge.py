@@ -70,6 +70,20 @@ def test_a_little_training_helps():
     assert loss(8) < loss(0)
 
 
+def test_probabilities_teach_as_classes_do_and_others_as_the_smoothed_loss_has_it():
+    def kept(y: Tensor) -> dict[str, Tensor]:
+        return KnowledgeExtractor(0.3, 1).extract(net(), [(X, y)], BLOCK, 0, sgd).state(net().state_dict())
+
+    sure, hard = nn.functional.one_hot(Y, 6).float(), kept(Y)
+    for name, weight in kept(sure).items():
+        torch.testing.assert_close(weight, hard[name])
+    assert not torch.allclose(kept(0.7 * sure + 0.3 * sure.flip(0))["0.bias"], hard["0.bias"])
+    with pytest.raises(InvalidValue, match=r"probabilities of shape \(24, 2\); \(24, 6\), of all classes"):
+        kept(sure[:, 2:4])
+    with pytest.raises(InvalidValue, match=r"class 2 in the data of a task of range\(3, 5\)"):
+        KnowledgeExtractor(0.3, 1).extract(net(), [(X, Y.clamp(max=2))], range(3, 5))
+
+
 def test_knowledge_travels_as_tensors(tmp_path: Path):
     knowledge = KnowledgeExtractor(0.3).extract(net(norm=True), LOADER, BLOCK, 2)
     save_file(knowledge.to_records(), tmp_path / "knowledge.safetensors")

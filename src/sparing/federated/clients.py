@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.utils.data import default_collate
 
@@ -46,6 +45,7 @@ from sparing.federated.projection import (
     Integration,
     Metric,
     block_logits,
+    block_loss,
     distillation_loss,
     flat_gradient,
     integrate_gradients,
@@ -223,7 +223,7 @@ class ContinualClient(ABC):
 
     def _step(self, optimizer: Optimizer, x: Tensor, y: Tensor, epoch: int, number: int) -> float:
         """One optimizer step on a batch, the ``number``-th of a pass; returns the task's loss."""
-        loss = self._loss(block_logits(logits := self.model(x), self.classes), y)
+        loss = self._loss(logits := self.model(x), y)
         total = loss + extra if (extra := self._penalty(x, logits)) is not None else loss
         optimizer.zero_grad()
         total.backward()
@@ -265,14 +265,8 @@ class ContinualClient(ABC):
             yield batch[0], batch[1]
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy on the task's block; classes as ids of the whole head, or as probabilities over it."""
-        block = self.classes
-        if y.ndim == 2:
-            return cross_entropy(logits, y[:, block.start : block.stop])
-        if not ((y >= block.start) & (y < block.stop)).all():
-            wrong = y[(y < block.start) | (y >= block.stop)][0]
-            raise InvalidValue(f"client {self.client}: class {int(wrong)} in the data of task {self.task}, {block!r}")
-        return cross_entropy(logits, y - block.start)
+        """That of the current task, from the logits of the whole head."""
+        return block_loss(logits, y, self.classes, f"client {self.client}, task {self.task}: ")
 
     def _in_task(self) -> int:
         if self.task is None or self._data is None:
@@ -519,7 +513,7 @@ class EWCClient(ContinualClient):
         squares = [torch.zeros_like(each) for each in parameters]
         for index in range(len(self._data)):
             x, y = default_collate(items_of(self._data, [index]))
-            loss = self._loss(block_logits(self.model(x), self.classes), y)
+            loss = self._loss(self.model(x), y)
             for square, slope in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if slope is not None:
                     square += slope.square()
@@ -564,10 +558,9 @@ class GEMClient(IntegratorClient):
         parameters = list(trained_parameters(self.model).values())
         columns = []
         for t, (old_x, old_y) in sorted(self.memory.items()):
-            block = self.blocks[t]
-            old = cross_entropy(block_logits(self.model(old_x), block), old_y - block.start)
+            old = block_loss(self.model(old_x), old_y, self.blocks[t])
             columns.append(flat_gradient(old, parameters))
-        loss = self._loss(block_logits(self.model(x), self.classes), y)
+        loss = self._loss(self.model(x), y)
         self._integrate(optimizer, loss, torch.stack(columns, 1) if columns else None, parameters, parameters)
         return float(loss.detach())
 
@@ -730,7 +723,7 @@ class FedKNOWClient(IntegratorClient):
         learning = below if chosen.head_epochs else everything
         projected = below if chosen.project == "features" or chosen.head_epochs else everything
         logits = self.model(x)
-        loss = self._loss(block_logits(logits, self.classes), y)
+        loss = self._loss(logits, y)
         columns = self._columns(x, logits, loss, list(projected.values()), choose=number == 0)
         self._integrate(optimizer, loss, columns, list(learning.values()), list(projected.values()))
         return float(loss.detach())
@@ -766,7 +759,7 @@ class FedKNOWClient(IntegratorClient):
             integrated_step(
                 optimizer, distillation_loss(block_logits(self.model(x), self.earlier), taught, 1.0), None, head, head
             )
-        loss = self._loss(block_logits(self.model(x), self.classes), y)
+        loss = self._loss(self.model(x), y)
         integrated_step(optimizer, loss, None, head, head)
         return float(loss.detach())
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparing.core.errors import InvalidValue
-from sparing.federated.projection import block_logits
+from sparing.federated.projection import block_loss
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 MakeOptimizer = Callable[[nn.Module], "Optimizer"]
 """model → a new optimizer of its trained parameters."""
 Batches = Iterable[tuple[Tensor, Tensor]]
-"""The samples of a task in batches (inputs, class ids of the whole head); gone through again for each epoch."""
+"""The samples of a task in batches (inputs, class ids of the whole head or probabilities over it); gone through again
+for each epoch."""
 NUMBERS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -197,7 +198,7 @@ def train_masked(
     for _ in range(epochs):
         for x, y in loader:
             made.zero_grad()
-            nn.functional.cross_entropy(block_logits(model(x), classes), y - classes.start).backward()
+            block_loss(model(x), y, classes).backward()
             for name, mask in masks.items():
                 if (slope := parameters[name].grad) is not None:
                     slope.mul_(mask)
