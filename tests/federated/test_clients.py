@@ -363,12 +363,32 @@ def test_stored_samples_are_the_clients_own_and_as_many_as_asked_for():
         ("gem", {"memory": 0}, "memory = 0"),
         ("gem", {"margin": -1}, "margin = -1"),
         ("lwf", {"temperature": 0}, "temperature = 0"),
+        ("fedavg", {"batch_size": 2.5}, "batch_size = 2.5; a whole number"),
+        ("fedavg", {"local_epochs": 1.5}, "local_epochs = 1.5; a whole number"),
+        ("fedavg", {"local_epochs": True}, "local_epochs = True; a whole number"),
+        ("fedknow", {"finetune_epochs": 1.5}, "finetune_epochs = 1.5; a whole number"),
+        ("fedknow", {"k": 2.5}, "k = 2.5; a whole number"),
+        ("fedknow", {"tasks": 2.5, **PACKNET}, "tasks = 2.5; a whole number"),
+        ("fedknow", {"tasks": 0, **PACKNET}, "tasks = 0; 1 or more"),
+        ("fedknow", {"eps_relative": "no"}, "eps_relative = 'no'; true or false"),
+        ("fedknow", {"eps": "small"}, "eps = 'small'; a finite number"),
+        ("fedknow", {"rho": None}, "rho = None; a finite number"),
+        ("fedknow", {"metric": ["cosine"]}, "metric = .*; one of wasserstein, cosine, euclidean"),
+        ("fedknow", {"margin": float("inf")}, "margin = inf; a finite number"),
+        ("gem", {"clip": float("nan")}, "clip = nan; a finite number"),
+        ("gem", {"memory": 2.5}, "memory = 2.5; a whole number"),
+        ("lwf", {"temperature": float("inf")}, "temperature = inf; a finite number"),
+        ("fedprox", {"mu": float("inf")}, "mu = inf; a finite number"),
         ("lwf", {"weigth": 1}, "Did you mean 'weight'"),
     ],
 )
 def test_settings_outside_are_refused(method: str, fields: dict[str, Any], told: str):
     with pytest.raises(InvalidValue, match=told):
         method_settings(method, **SMALL | fields)
+
+
+def test_an_integer_will_do_for_a_number():
+    assert method_settings("fedknow", margin=1, rho=1, temperature=2, eps_relative=True, tasks=None).margin == 1
 
 
 def test_wrong_use_is_told():

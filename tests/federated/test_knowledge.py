@@ -37,8 +37,19 @@ def test_ties_are_kept_and_at_least_one_weight():
 @pytest.mark.parametrize("rho", [0.0, -0.1, 1.1, float("nan")])
 def test_shares_outside_are_refused(rho: float):
     for function in (KnowledgeExtractor, lambda rho: PackNet(net(), rho), lambda rho: top_share({"a": X}, rho)):
-        with pytest.raises(InvalidValue, match="above 0 and at most 1"):
+        with pytest.raises(InvalidValue, match="above 0 and at most 1|rho = nan; a finite number"):
             function(rho)
+
+
+def test_an_extractors_fields_are_checked():
+    for fields, told in (
+        ({"finetune_epochs": 1.5}, "finetune_epochs = 1.5; a whole number"),
+        ({"finetune_epochs": -1}, "finetune_epochs = -1; 0 or more"),
+        ({"rho": "much"}, "rho = 'much'; a finite number"),
+        ({"numbers": "int4"}, "numbers = 'int4'; one of float32, float16, int8"),
+    ):
+        with pytest.raises(InvalidValue, match=told):
+            KnowledgeExtractor(**fields)
 
 
 def test_extraction_leaves_the_model_and_only_kept_weights_differ_from_zero():

@@ -29,16 +29,15 @@ from sparing.core.errors import InvalidValue, did_you_mean
 from sparing.core.probe import peak_mib
 from sparing.core.randomness import isolated_rng
 from sparing.federated.knowledge import (
-    NUMBERS,
     KnowledgeExtractor,
     MakeOptimizer,
     PackNet,
     TaskKnowledge,
     check_share,
+    check_types,
 )
 from sparing.federated.projection import (
     CLIP,
-    DISTANCES,
     EPS,
     MARGIN,
     TEMPERATURE,
@@ -77,12 +76,6 @@ def _at_least(settings: Any, **lowest: float) -> None:
             raise InvalidValue(f"{name} = {getattr(settings, name)!r}; {least} or more is expected")
 
 
-def _one_of(settings: Any, **known: Sequence[str]) -> None:
-    for name, words in known.items():
-        if getattr(settings, name) not in words:
-            raise InvalidValue(f"{name} = {getattr(settings, name)!r}; one of {', '.join(words)} is expected")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
     """What every client has."""
@@ -93,6 +86,7 @@ class ClientSettings:
     """Samples per step."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least(self, local_epochs=1, batch_size=1)
 
 
@@ -649,14 +643,6 @@ class FedKNOWSettings(IntegratorSettings):
         super().__post_init__()
         check_share("rho", self.rho)
         _at_least(self, k=1, head_epochs=0, finetune_epochs=0)
-        _one_of(
-            self,
-            metric=tuple(DISTANCES),
-            reference=("last_aggregate", "task_start", "none"),
-            project=("all", "features"),
-            extractor=("magnitude", "packnet"),
-            numbers=tuple(NUMBERS),
-        )
         if not self.temperature > 0:
             raise InvalidValue(f"temperature = {self.temperature!r}; more than 0 is expected")
         if self.head_epochs and self.head_epochs >= self.local_epochs:
@@ -665,8 +651,10 @@ class FedKNOWSettings(IntegratorSettings):
             )
         if self.extractor == "packnet" and self.numbers != "float32":
             raise InvalidValue(f'numbers = {self.numbers!r} is for extractor = "magnitude"')
-        if self.tasks is not None and self.extractor != "packnet":
-            raise InvalidValue(f'tasks = {self.tasks} is for extractor = "packnet"')
+        if self.tasks is not None:
+            _at_least(self, tasks=1)
+            if self.extractor != "packnet":
+                raise InvalidValue(f'tasks = {self.tasks} is for extractor = "packnet"')
 
 
 class FedKNOWClient(IntegratorClient):

@@ -11,16 +11,19 @@ loop of your own::
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparing.core.errors import InvalidValue
+from sparing.core.errors import InvalidValue, shown
 from sparing.federated.projection import block_loss
 
 if TYPE_CHECKING:
@@ -32,6 +35,30 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 """The samples of a task in batches (inputs, class ids of the whole head or probabilities over it); gone through again
 for each epoch."""
 NUMBERS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+def check_types(settings: Any) -> None:
+    """Fields of a dataclass must be what they are annotated as: a whole number, a finite one, a truth value or a word.
+
+    An integer is a number, too; fields of other types are not looked at.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if value is None and NoneType in kinds:
+            continue
+        if get_origin(kinds[0]) is Literal:
+            fits, expected = value in get_args(kinds[0]), f"one of {', '.join(map(str, get_args(kinds[0])))}"
+        elif kinds[0] is bool:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif kinds[0] is int:
+            fits, expected = isinstance(value, Integral) and not isinstance(value, bool), "a whole number"
+        elif kinds[0] is float:
+            fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            expected = "a finite number"
+        else:
+            continue
+        if not fits:
+            raise InvalidValue(f"{name} = {shown(value)}; {expected} is expected")
 
 
 def check_share(name: str, share: float) -> None:
@@ -223,11 +250,10 @@ class KnowledgeExtractor:
     """In which numbers they are kept."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_share("rho", self.rho)
         if self.finetune_epochs < 0:
             raise InvalidValue(f"finetune_epochs = {self.finetune_epochs!r}; 0 or more is expected")
-        if self.numbers not in NUMBERS:
-            raise InvalidValue(f"numbers = {self.numbers!r}; one of {', '.join(NUMBERS)} is expected")
 
     def extract(
         self,
