@@ -164,9 +164,17 @@ def test_the_last_task_of_a_known_number_takes_all_that_is_free_also_when_one_wa
         made.end_task(t)
         assert all(mask.all() for mask in made.packnet.owned.values()) == (t == 2)
     assert [each.task for each in made.knowledge.values()] == [0, 2]
-    masks = sum(mask.numel() for mask in made.packnet.masks[0].values())
-    network = sum(tensor.nbytes for tensor in net().state_dict().values())
-    assert made.knowledge_bytes == network + -(-2 * masks // 8), "one network, and a bit for each weight and task"
+    state = made.state()
+    stored = {name: tensor.nbytes for name, tensor in state.items() if name.startswith(("packnet/w", "packnet/m"))}
+    assert made.knowledge_bytes == sum(stored.values())
+    assert stored["packnet/masks/1/0.weight"] == 12 * 6 / 8, "a bit for each weight and task"
+    again = client("fedknow", **PACKNET, tasks=3)
+    again.load_state(state)
+    assert isinstance(again, FedKNOWClient)
+    assert again.packnet is not None
+    assert all(same(one, other) for one, other in zip(again.packnet.masks, made.packnet.masks, strict=True))
+    with pytest.raises(InvalidValue, match=r"uint8 of \(9,\) is expected, of a weight of \(12, 6\)"):
+        again.load_state(state | {"packnet/masks/0/0.weight": state["packnet/masks/0/4.weight"]})
 
 
 def test_the_first_task_is_plain_descent_and_later_ones_are_turned():

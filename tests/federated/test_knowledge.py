@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparing import InvalidValue
-from sparing.federated.knowledge import KnowledgeExtractor, PackNet, TaskKnowledge, packnet_mask, prunable, top_share
+from sparing.federated.knowledge import (
+    KnowledgeExtractor,
+    PackNet,
+    TaskKnowledge,
+    packed,
+    packnet_mask,
+    prunable,
+    top_share,
+    unpacked,
+)
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long() + 2
@@ -37,7 +46,7 @@ def test_ties_are_kept_and_at_least_one_weight():
 @pytest.mark.parametrize("rho", [0.0, -0.1, 1.1, float("nan")])
 def test_shares_outside_are_refused(rho: float):
     for function in (KnowledgeExtractor, lambda rho: PackNet(net(), rho), lambda rho: top_share({"a": X}, rho)):
-        with pytest.raises(InvalidValue, match="above 0 and at most 1|rho = nan; a finite number"):
+        with pytest.raises(InvalidValue, match=r"above 0 and at most 1|rho = nan; a finite number"):
             function(rho)
 
 
@@ -162,6 +171,16 @@ def test_the_cutoff_is_among_the_free_weights_of_all_tensors_together():
     assert taken["b"].tolist() == [False, False, False]
     with pytest.raises(InvalidValue, match="no weight is free"):
         packnet_mask({"a": X}, {"a": torch.ones_like(X, dtype=torch.bool)}, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8,), (2, 2, 2, 2), (1, 1)])
+def test_masks_are_kept_as_bits(shape: tuple[int, ...]):
+    mask = torch.rand(shape) > 0.5
+    bits = packed(mask)
+    assert bits.nbytes == -(-mask.numel() // 8)
+    assert torch.equal(unpacked(bits, shape), mask)
+    with pytest.raises(InvalidValue, match="bits of a mask"):
+        unpacked(bits, (*shape, 9))
 
 
 def test_a_quantile_that_falls_on_a_weight_keeps_that_weight():

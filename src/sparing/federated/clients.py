@@ -35,6 +35,8 @@ from sparing.federated.knowledge import (
     TaskKnowledge,
     check_share,
     check_types,
+    packed,
+    unpacked,
 )
 from sparing.federated.projection import (
     CLIP,
@@ -758,10 +760,7 @@ class FedKNOWClient(IntegratorClient):
     def knowledge_bytes(self) -> int:
         """What is kept of all tasks: their knowledge, or the second network with its masks, a bit for each weight and
         task."""
-        if self.packnet is None:
-            return sum(each.nbytes for each in self.knowledge.values())
-        bits = sum(mask.numel() for masks in self.packnet.masks for mask in masks.values())
-        return sum(t.nbytes for t in self.packnet.model.state_dict().values()) + -(-bits // 8)
+        return sum(each.nbytes for each in self.knowledge.values()) if self.packnet is None else self.packnet.nbytes
 
     def _keep(self, t: int) -> None:
         chosen, passes = self.settings, self.settings.finetune_epochs
@@ -790,7 +789,7 @@ class FedKNOWClient(IntegratorClient):
             found |= _prefixed("packnet/weights", self.packnet.model.state_dict())
             found["packnet/tasks"] = torch.tensor(list(self.knowledge), dtype=torch.int64)
             for number, masks in enumerate(self.packnet.masks):
-                found |= _prefixed(f"packnet/masks/{number}", masks)
+                found |= {f"packnet/masks/{number}/{name}": packed(mask) for name, mask in masks.items()}
             return found
         for t, each in self.knowledge.items():
             found |= _prefixed(f"knowledge/{t}", each.to_records())
@@ -804,7 +803,11 @@ class FedKNOWClient(IntegratorClient):
         if self.packnet is not None:
             self.packnet.model.load_state_dict(_under("packnet/weights", state))
             tasks = state["packnet/tasks"].tolist()
-            self.packnet.masks = [_under(f"packnet/masks/{number}", state) for number in range(len(tasks))]
+            shapes = {name: each.shape for name, each in self.packnet.owned.items()}
+            self.packnet.masks = [
+                {name: unpacked(state[f"packnet/masks/{number}/{name}"], shape) for name, shape in shapes.items()}
+                for number in range(len(tasks))
+            ]
             self._from_packnet(tasks)
             return
         kept = _under("knowledge", state)

@@ -312,6 +312,22 @@ def packnet_mask(weights: Mapping[str, Tensor], owned: Mapping[str, Tensor], sto
     return {name: (weight.detach().abs().double() >= cutoff) & ~owned[name] for name, weight in weights.items()}
 
 
+def packed(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, eight in a byte (uint8)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of ``shape`` that :func:`packed` made these bits of; :class:`InvalidValue` for other bits."""
+    count = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
+        raise InvalidValue(
+            f"bits of a mask: {bits.dtype} of shape {tuple(bits.shape)}; uint8 of ({-(-count // 8)},) is expected, of "
+            f"a weight of {tuple(shape)}"
+        )
+    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)).reshape(tuple(shape))
+
+
 class PackNet:
     """A second network that holds one task after the other, each in weights of its own.
 
@@ -333,6 +349,12 @@ class PackNet:
         if not self.names:
             raise InvalidValue("the model has no parameter of two dimensions or more")
         self._nothing = {name: torch.zeros_like(parameters[name], dtype=torch.bool) for name in self.names}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes: the network, and the masks as bits."""
+        bits = sum(-(-mask.numel() // 8) for masks in self.masks for mask in masks.values())
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values()) + bits
 
     @property
     def owned(self) -> dict[str, Tensor]:
