@@ -125,6 +125,32 @@ def test_knowledge_travels_as_tensors(tmp_path: Path):
         turned.materialize(net(norm=True))
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"about": torch.tensor([0, 4, 4])}, r"about = \[0, 4, 4\]"),
+        ({"about": torch.tensor([0, -1, 4])}, r"about = \[0, -1, 4\]"),
+        ({"about": torch.tensor([-1, 2, 4])}, r"about = \[-1, 2, 4\]"),
+        ({"about": torch.tensor([0, 2])}, r"about = \[0, 2\]"),
+        ({"about": torch.tensor([[0, 2, 4]])}, r"about = \[\[0, 2, 4\]\]"),
+        ({"about": torch.tensor([0.0, 2.0, 4.5])}, r"about = .* \(torch.float32\)"),
+        ({"scales/odd": torch.tensor(1.0)}, "odd: a scale, and no values"),
+        ({"scales/0.weight": None}, r"0\.weight: 2 torch.int8 values without a scale"),
+        ({"values/0.weight": torch.ones(2)}, r"0\.weight: 2 torch.float32 values with a scale"),
+        ({"scales/0.weight": torch.ones(2)}, r"0\.weight: torch.float32 scale of shape \(2,\)"),
+        ({"scales/2.weight": torch.tensor(1.0)}, r"2\.weight: 0 torch.int8 values with a scale"),
+        ({"whole/0.weight": torch.ones(8, 6)}, r"0\.weight: whole, and a few values as well"),
+    ],
+)
+def test_records_that_contradict_themselves_are_refused(changed: dict[str, Tensor | None], told: str):
+    masks = {name: torch.zeros_like(net().state_dict()[name], dtype=torch.bool) for name in ("0.weight", "2.weight")}
+    masks["0.weight"][0, :2] = True  # and nothing of the other
+    records = TaskKnowledge.of(net().state_dict(), masks, 0, BLOCK).quantized("int8").to_records()
+    TaskKnowledge.from_records(records)
+    with pytest.raises(InvalidValue, match=told):
+        TaskKnowledge.from_records({name: t for name, t in (records | changed).items() if t is not None})
+
+
 @pytest.mark.parametrize(("numbers", "bytes_", "apart"), [("float16", 2, 1e-3), ("int8", 1, 6e-3)])
 def test_fewer_bits_answer_nearly_the_same(numbers, bytes_, apart):
     full = KnowledgeExtractor(0.5).extract(net(), LOADER, BLOCK)

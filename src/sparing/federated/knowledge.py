@@ -203,8 +203,26 @@ class TaskKnowledge:
                     f"{name}: values of shape {tuple(values.shape)} and {at.dtype} indices of {tuple(at.shape)}; as "
                     "many of both in a row, and int32, are expected"
                 )
-        task, start, stop = records["about"].tolist()
-        return cls(task, range(start, stop), **kinds)
+            scale = kinds["scales"].get(name)
+            if (scale is not None) != (values.dtype == torch.int8 and len(values) > 0):
+                raise InvalidValue(
+                    f"{name}: {len(values)} {values.dtype} values with{'out' if scale is None else ''} a scale; int8 "
+                    "values have one, and no others"
+                )
+            if scale is not None and (scale.ndim or not scale.is_floating_point()):
+                raise InvalidValue(f"{name}: {scale.dtype} scale of shape {tuple(scale.shape)}; a number is expected")
+        for name in sorted(kinds["scales"].keys() - kinds["values"].keys()):
+            raise InvalidValue(f"{name}: a scale, and no values")
+        for name in sorted(kinds["whole"].keys() & kinds["values"].keys()):
+            raise InvalidValue(f"{name}: whole, and a few values as well; one of both is expected")
+        about = records["about"]
+        told = about.tolist() if about.shape == (3,) and about.dtype == torch.int64 else None
+        if told is None or not (told[0] >= 0 and 0 <= told[1] < told[2]):
+            raise InvalidValue(
+                f"about = {shown(about.tolist())} ({about.dtype}); the task's number and the start and stop of its "
+                "classes are expected, as int64"
+            )
+        return cls(told[0], range(told[1], told[2]), **kinds)
 
 
 def train_masked(
