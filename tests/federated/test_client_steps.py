@@ -132,6 +132,7 @@ def fedknow_by_hand(
         {"head_epochs": 1, "reference": "none"},
         {"eps": 0.5, "eps_relative": True},
         {"clip": 0.05},
+        {"clip": 0.05, "project": "features"},
         {"margin": 0.0},
         {"k": 1, "batch_size": 4},
         {"k": 2, "batch_size": 4, "metric": "cosine"},

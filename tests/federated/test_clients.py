@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -244,13 +245,20 @@ def test_with_projected_features_the_head_takes_the_plain_gradient():
 
 def test_a_turned_gradient_is_clipped_with_all_others_and_a_plain_one_is_not():
     def moved(columns: Tensor | None) -> float:
-        weight = nn.Parameter(torch.zeros(2))
-        loss = (weight * torch.tensor([-300.0, 400.0])).sum()
-        integrated_step(torch.optim.SGD([weight], lr=1.0), loss, columns, [weight], [weight], margin=0.0, clip=50.0)
-        return float(weight.detach().norm())
+        weight, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+        loss = (weight * torch.tensor([-300.0, 400.0])).sum() + 300 * other.sum()
+        sgd = torch.optim.SGD([weight, other], lr=1.0)
+        info = integrated_step(sgd, loss, columns, [weight, other], [weight], margin=0.0, clip=50.0)
+        if info is not None:
+            assert info.norm_before == pytest.approx(500)
+            assert info.norm_after == pytest.approx(400 if info.solved else 500, rel=1e-3)
+            assert info.norm_clipped == pytest.approx(40 if info.solved else 500, rel=1e-3), "beside 30 of the other"
+            assert info.norm_clipped == pytest.approx(float(weight.detach().norm()))
+        return float(torch.cat([weight, other]).detach().norm())
 
-    assert moved(None) == pytest.approx(500)
-    assert moved(torch.tensor([[-1.0], [0.0]])) == pytest.approx(500), "harms nothing"
+    plain = math.hypot(300, 400, 300)
+    assert moved(None) == pytest.approx(plain)
+    assert moved(torch.tensor([[-1.0], [0.0]])) == pytest.approx(plain), "harms nothing"
     assert moved(torch.tensor([[1.0], [0.0]])) == pytest.approx(50)
 
 

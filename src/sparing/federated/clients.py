@@ -353,6 +353,8 @@ def integrated_step(
                 parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter)
                 start += parameter.numel()
             nn.utils.clip_grad_norm_(list(parameters), clip)
+            turned = [each.grad for each in projected if each.grad is not None]
+            info = replace(info, norm_clipped=float(nn.utils.get_total_norm(turned)))
     optimizer.step()
     optimizer.zero_grad()
     return info

@@ -138,6 +138,8 @@ class Integration:
     """‖g‖."""
     norm_after: float
     """‖g'‖, before any clipping."""
+    norm_clipped: float
+    """‖g'‖ after the clip of all gradients together; as before where none was clipped."""
 
 
 def _products(
@@ -252,10 +254,10 @@ def integrate_gradients(
     if v is None:
         lost = violated or not whole
         told = dots.numpy()
-        return gradient, Integration(violated, False, lost, None, told, told, before, before)
+        return gradient, Integration(violated, False, lost, None, told, told, before, before, before)
     moved = _moved(gradient, memories, v)
-    after = dots.numpy() + gram.numpy() @ v
-    return moved, Integration(violated, True, False, v, dots.numpy(), after, before, float(moved.norm()))
+    dots_after, after = dots.numpy() + gram.numpy() @ v, float(moved.norm())
+    return moved, Integration(violated, True, False, v, dots.numpy(), dots_after, before, after, after)
 
 
 def _wasserstein(one: np.ndarray, other: np.ndarray) -> float:
