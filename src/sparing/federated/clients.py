@@ -35,6 +35,7 @@ from sparing.federated.knowledge import (
     TaskKnowledge,
     check_share,
     check_types,
+    device_of,
     packed,
     unpacked,
 )
@@ -94,6 +95,8 @@ class ClientSettings:
 
 class ContinualClient(ABC):
     """One device. Its random numbers come from (seed, client, round) alone.
+
+    Batches follow the model to where its parameters are; what is sent back and what is kept is on the CPU.
 
     Args:
         model: trained in place; its parameters and buffers are what is shared.
@@ -183,7 +186,8 @@ class ContinualClient(ABC):
         block, right = self.blocks[t], 0
         with torch.no_grad():
             for x, y in batches_of(data, EVALUATION_BATCH):
-                right += int((block_logits(model(x), block).argmax(1) + block.start == y).sum())
+                answers = block_logits(model(x.to(self.device)), block).argmax(1) + block.start
+                right += int((answers == y.to(self.device)).sum())
         return right, len(data)
 
     def state(self) -> dict[str, Tensor]:
@@ -246,6 +250,11 @@ class ContinualClient(ABC):
         return self.blocks[self._in_task()]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    @property
     def earlier(self) -> list[int]:
         """Classes of the tasks met before the current one, in ascending order."""
         return sorted(c for t, block in self.blocks.items() if t != self.task for c in block)
@@ -258,7 +267,7 @@ class ContinualClient(ABC):
             batch = tuple(default_collate(items_of(self._data, order[start : start + self.settings.batch_size])))
             for transform in transforms:
                 batch = transform(batch)
-            yield batch[0], batch[1]
+            yield batch[0].to(self.device), batch[1].to(self.device)
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """That of the current task, from the logits of the whole head."""
@@ -488,12 +497,15 @@ class EWCClient(ContinualClient):
         self.pull: Weights = {}
         self.local: Weights = {}
 
+    def _begin(self, weights: Mapping[str, Tensor]) -> None:
+        self._known = {name: (f.to(self.device), self.pull[name].to(self.device)) for name, f in self.fisher.items()}
+
     def _penalty(self, x: Tensor, logits: Tensor) -> Tensor | None:
-        if not self.fisher:
+        if not self._known:
             return None
         now = trained_parameters(self.model)
         # up to a constant that no gradient sees
-        parts = [(f * now[name].square() - 2 * self.pull[name] * now[name]).sum() for name, f in self.fisher.items()]
+        parts = [(f * now[name].square() - 2 * pull * now[name]).sum() for name, (f, pull) in self._known.items()]
         return self.settings.penalty / 2 * torch.stack(parts).sum()
 
     def train_round(self, weights: Mapping[str, Tensor], round: int) -> Update:
@@ -511,13 +523,13 @@ class EWCClient(ContinualClient):
         squares = [torch.zeros_like(each) for each in parameters]
         for index in range(len(self._data)):
             x, y = default_collate(items_of(self._data, [index]))
-            loss = self._loss(self.model(x), y)
+            loss = self._loss(self.model(x.to(self.device)), y.to(self.device))
             for square, slope in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if slope is not None:
                     square += slope.square()
         for name, parameter, square in zip(names, parameters, squares, strict=True):
-            fisher = square / len(self._data)
-            pull = fisher * parameter.detach()
+            fisher = (square / len(self._data)).cpu()
+            pull = fisher * parameter.detach().cpu()
             self.fisher[name] = self.fisher[name] + fisher if name in self.fisher else fisher
             self.pull[name] = self.pull[name] + pull if name in self.pull else pull
         self.local = {}
@@ -556,7 +568,7 @@ class GEMClient(IntegratorClient):
         parameters = list(trained_parameters(self.model).values())
         columns = []
         for t, (old_x, old_y) in sorted(self.memory.items()):
-            old = block_loss(self.model(old_x), old_y, self.blocks[t])
+            old = block_loss(self.model(old_x.to(self.device)), old_y.to(self.device), self.blocks[t])
             columns.append(flat_gradient(old, parameters))
         loss = self._loss(self.model(x), y)
         self._integrate(optimizer, loss, torch.stack(columns, 1) if columns else None, parameters, parameters)
@@ -703,6 +715,7 @@ class FedKNOWClient(IntegratorClient):
         found = super()._train(weights)
         self.local = _copied(self.model.state_dict())
         if self.packnet is not None:
+            self.packnet.model.to(self.device)
             self.packnet.train(_Passes(self.batches), self.classes, self.settings.local_epochs, self.optimizer)
         self._teachers, self._reference = {}, None
         return found
@@ -788,7 +801,7 @@ class FedKNOWClient(IntegratorClient):
         """With the knowledge of earlier tasks, sparse."""
         found = super().state() | _prefixed("local", self.local) | _prefixed("start", self.start)
         if self.packnet is not None:
-            found |= _prefixed("packnet/weights", self.packnet.model.state_dict())
+            found |= _prefixed("packnet/weights", _copied(self.packnet.model.state_dict()))
             found["packnet/tasks"] = torch.tensor(list(self.knowledge), dtype=torch.int64)
             for number, masks in enumerate(self.packnet.masks):
                 found |= {f"packnet/masks/{number}/{name}": packed(mask) for name, mask in masks.items()}

@@ -67,6 +67,11 @@ def check_share(name: str, share: float) -> None:
         raise InvalidValue(f"{name} = {share!r}; above 0 and at most 1 is expected")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where its parameters are; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def prunable(model: nn.Module) -> list[str]:
     """Names of the weight tensors that are cut: parameters of two dimensions or more."""
     return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
@@ -110,14 +115,14 @@ class TaskKnowledge:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], task: int, classes: range) -> TaskKnowledge:
-        """What ``masks`` (bool, of the tensors that are cut) leave of a state dict; everything else whole."""
-        places = {name: mask.flatten().nonzero()[:, 0] for name, mask in masks.items()}
+        """What ``masks`` (bool, of the tensors that are cut) leave of a state dict, on the CPU; the rest whole."""
+        places = {name: mask.cpu().flatten().nonzero()[:, 0] for name, mask in masks.items()}
         return cls(
             task,
             classes,
-            {name: state[name].detach().flatten()[at].clone() for name, at in places.items()},
+            {name: state[name].detach().cpu().flatten()[at] for name, at in places.items()},
             {name: at.to(torch.int32) for name, at in places.items()},
-            {name: tensor.detach().clone() for name, tensor in state.items() if name not in masks},
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items() if name not in masks},
         )
 
     def state(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -235,15 +240,18 @@ def train_masked(
 ) -> None:
     """Train a task's cross-entropy in place where ``masks`` (name → bool) allow it; parameters without one learn whole.
 
-    Entries outside a mask keep their value whatever the optimizer adds to them.
+    Entries outside a mask keep their value whatever the optimizer adds to them. Batches and masks follow the model to
+    its device.
     """
     parameters = dict(model.named_parameters())
+    masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+    device = device_of(model)
     fixed = {name: parameters[name].detach().clone() for name in masks}
     made = optimizer(model)
     for _ in range(epochs):
         for x, y in loader:
             made.zero_grad()
-            block_loss(model(x), y, classes).backward()
+            block_loss(model(x.to(device)), y.to(device), classes).backward()
             for name, mask in masks.items():
                 if (slope := parameters[name].grad) is not None:
                     slope.mul_(mask)
@@ -351,7 +359,7 @@ class PackNet:
 
     Every task trains the weights that are free, takes the largest of them, sets the others to zero and trains its own
     on. Biases and norms learn with the first task and stay as they are afterwards; norms then keep their statistics,
-    too.
+    too. Masks are on the CPU, wherever the model is.
 
     Args:
         model: the network, trained in place.
@@ -366,7 +374,7 @@ class PackNet:
         self.names = prunable(model)
         if not self.names:
             raise InvalidValue("the model has no parameter of two dimensions or more")
-        self._nothing = {name: torch.zeros_like(parameters[name], dtype=torch.bool) for name in self.names}
+        self._nothing = {name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in self.names}
 
     @property
     def nbytes(self) -> int:
@@ -399,10 +407,10 @@ class PackNet:
         if last:
             taken = {name: ~mask for name, mask in owned.items()}
         else:
-            taken = packnet_mask({name: parameters[name] for name in self.names}, owned, self.store_rate)
+            taken = packnet_mask({name: parameters[name].cpu() for name in self.names}, owned, self.store_rate)
         with torch.no_grad():
             for name in self.names:
-                parameters[name].mul_(taken[name] | owned[name])
+                parameters[name].mul_((taken[name] | owned[name]).to(parameters[name].device))
         self.masks.append(taken)
         return taken
 
