@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -164,9 +165,17 @@ def test_the_last_task_of_a_known_number_takes_all_that_is_free_also_when_one_wa
         made.end_task(t)
         assert all(mask.all() for mask in made.packnet.owned.values()) == (t == 2)
     assert [each.task for each in made.knowledge.values()] == [0, 2]
-    masks = sum(mask.numel() for mask in made.packnet.masks[0].values())
-    network = sum(tensor.nbytes for tensor in net().state_dict().values())
-    assert made.knowledge_bytes == network + -(-2 * masks // 8), "one network, and a bit for each weight and task"
+    state = made.state()
+    stored = {name: tensor.nbytes for name, tensor in state.items() if name.startswith(("packnet/w", "packnet/m"))}
+    assert made.knowledge_bytes == sum(stored.values())
+    assert stored["packnet/masks/1/0.weight"] == 12 * 6 / 8, "a bit for each weight and task"
+    again = client("fedknow", **PACKNET, tasks=3)
+    again.load_state(state)
+    assert isinstance(again, FedKNOWClient)
+    assert again.packnet is not None
+    assert all(same(one, other) for one, other in zip(again.packnet.masks, made.packnet.masks, strict=True))
+    with pytest.raises(InvalidValue, match=r"uint8 of \(9,\) is expected, of a weight of \(12, 6\)"):
+        again.load_state(state | {"packnet/masks/0/0.weight": state["packnet/masks/0/4.weight"]})
 
 
 def test_the_first_task_is_plain_descent_and_later_ones_are_turned():
@@ -236,13 +245,20 @@ def test_with_projected_features_the_head_takes_the_plain_gradient():
 
 def test_a_turned_gradient_is_clipped_with_all_others_and_a_plain_one_is_not():
     def moved(columns: Tensor | None) -> float:
-        weight = nn.Parameter(torch.zeros(2))
-        loss = (weight * torch.tensor([-300.0, 400.0])).sum()
-        integrated_step(torch.optim.SGD([weight], lr=1.0), loss, columns, [weight], [weight], margin=0.0, clip=50.0)
-        return float(weight.detach().norm())
+        weight, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+        loss = (weight * torch.tensor([-300.0, 400.0])).sum() + 300 * other.sum()
+        sgd = torch.optim.SGD([weight, other], lr=1.0)
+        info = integrated_step(sgd, loss, columns, [weight, other], [weight], margin=0.0, clip=50.0)
+        if info is not None:
+            assert info.norm_before == pytest.approx(500)
+            assert info.norm_after == pytest.approx(400 if info.solved else 500, rel=1e-3)
+            assert info.norm_clipped == pytest.approx(40 if info.solved else 500, rel=1e-3), "beside 30 of the other"
+            assert info.norm_clipped == pytest.approx(float(weight.detach().norm()))
+        return float(torch.cat([weight, other]).detach().norm())
 
-    assert moved(None) == pytest.approx(500)
-    assert moved(torch.tensor([[-1.0], [0.0]])) == pytest.approx(500), "harms nothing"
+    plain = math.hypot(300, 400, 300)
+    assert moved(None) == pytest.approx(plain)
+    assert moved(torch.tensor([[-1.0], [0.0]])) == pytest.approx(plain), "harms nothing"
     assert moved(torch.tensor([[1.0], [0.0]])) == pytest.approx(50)
 
 
@@ -294,6 +310,40 @@ def test_the_information_of_single_samples_is_that_of_fisher():
     torch.testing.assert_close(made.pull["0.weight"], expected * model.weight.detach())
 
 
+def softened() -> Any:
+    """Labels as probabilities over the whole head, most of it on the sample's class, the rest on its neighbour's."""
+
+    def transform(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        sure = nn.functional.one_hot(batch[1], 8).float()
+        return batch[0], 0.9 * sure + 0.1 * nn.functional.one_hot(batch[1] ^ 1, 8)
+
+    return transform
+
+
+class Softened(TensorDataset):
+    """The same labels in the data itself."""
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = super().__getitem__(index)
+        return softened()((x, y[None]))[0], softened()((x, y[None]))[1][0]
+
+
+@pytest.mark.parametrize("soft_data", [False, True], ids=["transform", "data"])
+@pytest.mark.parametrize(("method", "fields"), [*VARIANTS[:7], ("fedknow", PACKNET)], ids=named)
+def test_soft_labels_are_learnt_from_in_rounds_and_at_a_tasks_end(method: str, fields: dict[str, Any], soft_data: bool):
+    settings = method_settings(method, **SMALL | fields)
+    soft = METHODS[method][0](net(), settings, 0, 0, sgd, () if soft_data else (softened,))
+    found = []
+    for made in (soft, client(method, **fields)):
+        for t in range(2):
+            made.start_task(t, Softened(*samples(t).tensors) if soft_data and made is soft else samples(t), BLOCKS[t])
+            weights = made.train_round(net().state_dict(), t).weights
+            made.end_task(t)
+        found.append(weights)
+        assert made.evaluate(1, samples(1), weights)[0] > 12
+    assert not same(*found)
+
+
 def test_stored_samples_are_the_clients_own_and_as_many_as_asked_for():
     made = client("gem", memory=5)
     assert isinstance(made, GEMClient)
@@ -329,12 +379,32 @@ def test_stored_samples_are_the_clients_own_and_as_many_as_asked_for():
         ("gem", {"memory": 0}, "memory = 0"),
         ("gem", {"margin": -1}, "margin = -1"),
         ("lwf", {"temperature": 0}, "temperature = 0"),
+        ("fedavg", {"batch_size": 2.5}, "batch_size = 2.5; a whole number"),
+        ("fedavg", {"local_epochs": 1.5}, "local_epochs = 1.5; a whole number"),
+        ("fedavg", {"local_epochs": True}, "local_epochs = True; a whole number"),
+        ("fedknow", {"finetune_epochs": 1.5}, "finetune_epochs = 1.5; a whole number"),
+        ("fedknow", {"k": 2.5}, "k = 2.5; a whole number"),
+        ("fedknow", {"tasks": 2.5, **PACKNET}, "tasks = 2.5; a whole number"),
+        ("fedknow", {"tasks": 0, **PACKNET}, "tasks = 0; 1 or more"),
+        ("fedknow", {"eps_relative": "no"}, "eps_relative = 'no'; true or false"),
+        ("fedknow", {"eps": "small"}, "eps = 'small'; a finite number"),
+        ("fedknow", {"rho": None}, "rho = None; a finite number"),
+        ("fedknow", {"metric": ["cosine"]}, "metric = .*; one of wasserstein, cosine, euclidean"),
+        ("fedknow", {"margin": float("inf")}, "margin = inf; a finite number"),
+        ("gem", {"clip": float("nan")}, "clip = nan; a finite number"),
+        ("gem", {"memory": 2.5}, "memory = 2.5; a whole number"),
+        ("lwf", {"temperature": float("inf")}, "temperature = inf; a finite number"),
+        ("fedprox", {"mu": float("inf")}, "mu = inf; a finite number"),
         ("lwf", {"weigth": 1}, "Did you mean 'weight'"),
     ],
 )
 def test_settings_outside_are_refused(method: str, fields: dict[str, Any], told: str):
     with pytest.raises(InvalidValue, match=told):
         method_settings(method, **SMALL | fields)
+
+
+def test_an_integer_will_do_for_a_number():
+    assert method_settings("fedknow", margin=1, rho=1, temperature=2, eps_relative=True, tasks=None).margin == 1
 
 
 def test_wrong_use_is_told():
@@ -361,7 +431,7 @@ def test_wrong_use_is_told():
         made.load_state({})
     strange = client("fedavg")
     strange.start_task(1, samples(0), BLOCKS[1])
-    with pytest.raises(InvalidValue, match=r"class [01] in the data of task 1, range\(2, 4\)"):
+    with pytest.raises(InvalidValue, match=r"client 0, task 1: class [01] in the data of a task of range\(2, 4\)"):
         strange.train_round(net().state_dict(), 0)
     beyond = client("fedavg")
     beyond.start_task(4, samples(3), range(8, 10))

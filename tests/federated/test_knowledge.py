@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparing import InvalidValue
-from sparing.federated.knowledge import KnowledgeExtractor, PackNet, TaskKnowledge, packnet_mask, prunable, top_share
+from sparing.federated.knowledge import (
+    KnowledgeExtractor,
+    PackNet,
+    TaskKnowledge,
+    packed,
+    packnet_mask,
+    prunable,
+    top_share,
+    unpacked,
+)
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long() + 2
@@ -37,8 +46,19 @@ def test_ties_are_kept_and_at_least_one_weight():
 @pytest.mark.parametrize("rho", [0.0, -0.1, 1.1, float("nan")])
 def test_shares_outside_are_refused(rho: float):
     for function in (KnowledgeExtractor, lambda rho: PackNet(net(), rho), lambda rho: top_share({"a": X}, rho)):
-        with pytest.raises(InvalidValue, match="above 0 and at most 1"):
+        with pytest.raises(InvalidValue, match=r"above 0 and at most 1|rho = nan; a finite number"):
             function(rho)
+
+
+def test_an_extractors_fields_are_checked():
+    for fields, told in (
+        ({"finetune_epochs": 1.5}, "finetune_epochs = 1.5; a whole number"),
+        ({"finetune_epochs": -1}, "finetune_epochs = -1; 0 or more"),
+        ({"rho": "much"}, "rho = 'much'; a finite number"),
+        ({"numbers": "int4"}, "numbers = 'int4'; one of float32, float16, int8"),
+    ):
+        with pytest.raises(InvalidValue, match=told):
+            KnowledgeExtractor(**fields)
 
 
 def test_extraction_leaves_the_model_and_only_kept_weights_differ_from_zero():
@@ -70,6 +90,20 @@ def test_a_little_training_helps():
     assert loss(8) < loss(0)
 
 
+def test_probabilities_teach_as_classes_do_and_others_as_the_smoothed_loss_has_it():
+    def kept(y: Tensor) -> dict[str, Tensor]:
+        return KnowledgeExtractor(0.3, 1).extract(net(), [(X, y)], BLOCK, 0, sgd).state(net().state_dict())
+
+    sure, hard = nn.functional.one_hot(Y, 6).float(), kept(Y)
+    for name, weight in kept(sure).items():
+        torch.testing.assert_close(weight, hard[name])
+    assert not torch.allclose(kept(0.7 * sure + 0.3 * sure.flip(0))["0.bias"], hard["0.bias"])
+    with pytest.raises(InvalidValue, match=r"probabilities of shape \(24, 2\); \(24, 6\), of all classes"):
+        kept(sure[:, 2:4])
+    with pytest.raises(InvalidValue, match=r"class 2 in the data of a task of range\(3, 5\)"):
+        KnowledgeExtractor(0.3, 1).extract(net(), [(X, Y.clamp(max=2))], range(3, 5))
+
+
 def test_knowledge_travels_as_tensors(tmp_path: Path):
     knowledge = KnowledgeExtractor(0.3).extract(net(norm=True), LOADER, BLOCK, 2)
     save_file(knowledge.to_records(), tmp_path / "knowledge.safetensors")
@@ -89,6 +123,32 @@ def test_knowledge_travels_as_tensors(tmp_path: Path):
     turned = TaskKnowledge.from_records(knowledge.to_records() | {name: -knowledge.indices["0.weight"] - 1})
     with pytest.raises(InvalidValue, match="another model"):
         turned.materialize(net(norm=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"about": torch.tensor([0, 4, 4])}, r"about = \[0, 4, 4\]"),
+        ({"about": torch.tensor([0, -1, 4])}, r"about = \[0, -1, 4\]"),
+        ({"about": torch.tensor([-1, 2, 4])}, r"about = \[-1, 2, 4\]"),
+        ({"about": torch.tensor([0, 2])}, r"about = \[0, 2\]"),
+        ({"about": torch.tensor([[0, 2, 4]])}, r"about = \[\[0, 2, 4\]\]"),
+        ({"about": torch.tensor([0.0, 2.0, 4.5])}, r"about = .* \(torch.float32\)"),
+        ({"scales/odd": torch.tensor(1.0)}, "odd: a scale, and no values"),
+        ({"scales/0.weight": None}, r"0\.weight: 2 torch.int8 values without a scale"),
+        ({"values/0.weight": torch.ones(2)}, r"0\.weight: 2 torch.float32 values with a scale"),
+        ({"scales/0.weight": torch.ones(2)}, r"0\.weight: torch.float32 scale of shape \(2,\)"),
+        ({"scales/2.weight": torch.tensor(1.0)}, r"2\.weight: 0 torch.int8 values with a scale"),
+        ({"whole/0.weight": torch.ones(8, 6)}, r"0\.weight: whole, and a few values as well"),
+    ],
+)
+def test_records_that_contradict_themselves_are_refused(changed: dict[str, Tensor | None], told: str):
+    masks = {name: torch.zeros_like(net().state_dict()[name], dtype=torch.bool) for name in ("0.weight", "2.weight")}
+    masks["0.weight"][0, :2] = True  # and nothing of the other
+    records = TaskKnowledge.of(net().state_dict(), masks, 0, BLOCK).quantized("int8").to_records()
+    TaskKnowledge.from_records(records)
+    with pytest.raises(InvalidValue, match=told):
+        TaskKnowledge.from_records({name: t for name, t in (records | changed).items() if t is not None})
 
 
 @pytest.mark.parametrize(("numbers", "bytes_", "apart"), [("float16", 2, 1e-3), ("int8", 1, 6e-3)])
@@ -137,6 +197,16 @@ def test_the_cutoff_is_among_the_free_weights_of_all_tensors_together():
     assert taken["b"].tolist() == [False, False, False]
     with pytest.raises(InvalidValue, match="no weight is free"):
         packnet_mask({"a": X}, {"a": torch.ones_like(X, dtype=torch.bool)}, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8,), (2, 2, 2, 2), (1, 1)])
+def test_masks_are_kept_as_bits(shape: tuple[int, ...]):
+    mask = torch.rand(shape) > 0.5
+    bits = packed(mask)
+    assert bits.nbytes == -(-mask.numel() // 8)
+    assert torch.equal(unpacked(bits, shape), mask)
+    with pytest.raises(InvalidValue, match="bits of a mask"):
+        unpacked(bits, (*shape, 9))
 
 
 def test_a_quantile_that_falls_on_a_weight_keeps_that_weight():

@@ -11,8 +11,9 @@ import pytest
 import torch
 from by_kind import Arrays, close, compared, one_with, tensor
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from sparing.federated.clients import Update, head_names, integrated_step, trained_parameters
+from sparing.federated.clients import FedKNOWClient, FedKNOWSettings, Update, head_names, trained_parameters
 from sparing.federated.knowledge import PackNet, TaskKnowledge, top_share
 from sparing.federated.metrics import ContinualMetrics
 from sparing.federated.projection import (
@@ -132,44 +133,47 @@ def of_topk(f: Arrays) -> set[str]:
 def of_step(f: Arrays) -> set[str]:
     task, each, x, y = int(f["task"]), int(f["nc_per_task"]), tensor(f["x"]), tensor(f["y"])
     start, pack = under("model_", f), under("pack_", f)
-    old, used = Net(under("old_", f)).eval(), {"task", "nc_per_task", "x", "y", "lr", "weight_decay", "optimizer"}
+    used = {"task", "nc_per_task", "n_tasks", "x", "y", "lr", "weight_decay", "optimizer"}
+    used |= {name for name in f if name.startswith(("model_", "pack_", "old_"))}
     assert Net(start).last.out_features == each * int(f["n_tasks"])
-    used |= {"n_tasks"} | {name for name in f if name.startswith(("model_", "pack_", "old_"))}
+
+    def made_optimizer(net: nn.Module) -> torch.optim.Optimizer:
+        make = getattr(torch.optim, str(f["optimizer"]))
+        return make(net.parameters(), lr=float(f["lr"]), weight_decay=float(f["weight_decay"]))
+
+    # a client that has met the tasks before, in a later round of this one: the frozen model is that of the first
+    settings = FedKNOWSettings(local_epochs=1, batch_size=len(x), project="features", reference="task_start")
+    client = FedKNOWClient(Net(start), settings, optimizer=made_optimizer)
+    for t in range(task + 1):
+        client.start_task(t, TensorDataset(x, y), range(t * each, (t + 1) * each))
+        if t < task:
+            client.end_task(t)
+    client.start = under("old_", f)
     union: dict[str, Tensor] = {}
-    teachers: list[tuple[nn.Module, range]] = [(old, range(task * each))]
-    i = 0
-    while masks := under(f"mask{i}_", f):
+    while masks := under(f"mask{len(client.knowledge)}_", f):
+        i = len(client.knowledge)
         used |= {f"mask{i}_{name}" for name in masks}
         for name, mask in masks.items():
             union[f"feature_net.{name}"] = union.get(f"feature_net.{name}", torch.zeros_like(mask)) | mask
-        block = range(i * each, (i + 1) * each)
-        teachers.append((TaskKnowledge.of(pack, dict(union), i, block).materialize(old), block))
-        i += 1
+        client.knowledge[i] = TaskKnowledge.of(pack, dict(union), i, client.blocks[i])
+    net = client.model.train()
+    client._begin(start)
 
-    def started() -> tuple[Net, torch.optim.Optimizer, Tensor, list[nn.Parameter]]:
-        """(network, its optimizer, the task's loss, parameters of the features)."""
-        net = Net(start).train()
-        make = getattr(torch.optim, str(f["optimizer"]))
-        optimizer = make(net.parameters(), lr=float(f["lr"]), weight_decay=float(f["weight_decay"]))
-        block = range(task * each, (task + 1) * each)
-        logits = net(x)
+    def started() -> tuple[Tensor, Tensor, list[nn.Parameter]]:
+        """(logits, the task's loss, parameters of the features)."""
+        logits, block = net(x), client.classes
         loss = nn.functional.cross_entropy(block_logits(logits, block), y - block.start)
-        features = [p for name, p in trained_parameters(net).items() if name not in head_names(net)]
-        return net, optimizer, loss, features
+        return logits, loss, [p for name, p in trained_parameters(net).items() if name not in head_names(net)]
 
-    net, optimizer, loss, features = started()
-    logits, columns = net(x), []
-    for teacher, classes in teachers:
-        with torch.no_grad():
-            taught = block_logits(teacher(x), classes)
-        apart = distillation_loss(block_logits(logits, classes), taught)
-        columns.append(flat_gradient(apart, features, retain_graph=True))
-    memories, own = torch.stack(columns, 1), flat_gradient(loss, features, retain_graph=True)
+    logits, loss, features = started()
+    memories = client._columns(x, logits, loss, features, choose=True)
+    own = flat_gradient(loss, features, retain_graph=True)
+    assert memories is not None
     close(torch.cat([memories, own[:, None]], 1), f["grad_columns"], "grad_columns")
     close(integrate_gradients(own, memories)[0], f["integrated_correct"], "integrated_correct", atol=1e-6)
-    info = integrated_step(optimizer, loss, memories, list(net.parameters()), features)
-    assert info is not None
-    equal(info.solved, f["was_projected_correct"], "was_projected_correct")
+    client._step(made_optimizer(net), x, y, 0, 0)
+    assert client.last is not None
+    equal(client.last.solved, f["was_projected_correct"], "was_projected_correct")
     for name, weight in net.state_dict().items():
         close(weight, f[f"correct_after_{name}"], f"correct_after_{name}", atol=1e-6)
     used |= {name for name in f if name.startswith("correct_after_")}
@@ -180,7 +184,9 @@ def of_step(f: Arrays) -> set[str]:
     equal(turned, f["was_projected"], "was_projected")
     expected = project_gradient(own, memories)[0] if turned else own
     close(expected, f["integrated"], "integrated", atol=1e-6)
-    net, optimizer, loss, features = started()
+    net.load_state_dict(start)
+    optimizer = made_optimizer(net)
+    _, loss, features = started()
     loss.backward()
     for parameter, part in zip(features, expected.split([each.numel() for each in features]), strict=True):
         parameter.grad = part.view_as(parameter)

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.utils.data import default_collate
 
@@ -30,22 +29,25 @@ from sparing.core.errors import InvalidValue, did_you_mean
 from sparing.core.probe import peak_mib
 from sparing.core.randomness import isolated_rng
 from sparing.federated.knowledge import (
-    NUMBERS,
     KnowledgeExtractor,
     MakeOptimizer,
     PackNet,
     TaskKnowledge,
     check_share,
+    check_types,
+    device_of,
+    packed,
+    unpacked,
 )
 from sparing.federated.projection import (
     CLIP,
-    DISTANCES,
     EPS,
     MARGIN,
     TEMPERATURE,
     Integration,
     Metric,
     block_logits,
+    block_loss,
     distillation_loss,
     flat_gradient,
     integrate_gradients,
@@ -77,12 +79,6 @@ def _at_least(settings: Any, **lowest: float) -> None:
             raise InvalidValue(f"{name} = {getattr(settings, name)!r}; {least} or more is expected")
 
 
-def _one_of(settings: Any, **known: Sequence[str]) -> None:
-    for name, words in known.items():
-        if getattr(settings, name) not in words:
-            raise InvalidValue(f"{name} = {getattr(settings, name)!r}; one of {', '.join(words)} is expected")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
     """What every client has."""
@@ -93,11 +89,14 @@ class ClientSettings:
     """Samples per step."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _at_least(self, local_epochs=1, batch_size=1)
 
 
 class ContinualClient(ABC):
     """One device. Its random numbers come from (seed, client, round) alone.
+
+    Batches follow the model to where its parameters are; what is sent back and what is kept is on the CPU.
 
     Args:
         model: trained in place; its parameters and buffers are what is shared.
@@ -187,7 +186,8 @@ class ContinualClient(ABC):
         block, right = self.blocks[t], 0
         with torch.no_grad():
             for x, y in batches_of(data, EVALUATION_BATCH):
-                right += int((block_logits(model(x), block).argmax(1) + block.start == y).sum())
+                answers = block_logits(model(x.to(self.device)), block).argmax(1) + block.start
+                right += int((answers == y.to(self.device)).sum())
         return right, len(data)
 
     def state(self) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ class ContinualClient(ABC):
 
     def _step(self, optimizer: Optimizer, x: Tensor, y: Tensor, epoch: int, number: int) -> float:
         """One optimizer step on a batch, the ``number``-th of a pass; returns the task's loss."""
-        loss = self._loss(block_logits(logits := self.model(x), self.classes), y)
+        loss = self._loss(logits := self.model(x), y)
         total = loss + extra if (extra := self._penalty(x, logits)) is not None else loss
         optimizer.zero_grad()
         total.backward()
@@ -250,6 +250,11 @@ class ContinualClient(ABC):
         return self.blocks[self._in_task()]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    @property
     def earlier(self) -> list[int]:
         """Classes of the tasks met before the current one, in ascending order."""
         return sorted(c for t, block in self.blocks.items() if t != self.task for c in block)
@@ -262,17 +267,11 @@ class ContinualClient(ABC):
             batch = tuple(default_collate(items_of(self._data, order[start : start + self.settings.batch_size])))
             for transform in transforms:
                 batch = transform(batch)
-            yield batch[0], batch[1]
+            yield batch[0].to(self.device), batch[1].to(self.device)
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy on the task's block; classes as ids of the whole head, or as probabilities over it."""
-        block = self.classes
-        if y.ndim == 2:
-            return cross_entropy(logits, y[:, block.start : block.stop])
-        if not ((y >= block.start) & (y < block.stop)).all():
-            wrong = y[(y < block.start) | (y >= block.stop)][0]
-            raise InvalidValue(f"client {self.client}: class {int(wrong)} in the data of task {self.task}, {block!r}")
-        return cross_entropy(logits, y - block.start)
+        """That of the current task, from the logits of the whole head."""
+        return block_loss(logits, y, self.classes, f"client {self.client}, task {self.task}: ")
 
     def _in_task(self) -> int:
         if self.task is None or self._data is None:
@@ -363,9 +362,58 @@ def integrated_step(
                 parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter)
                 start += parameter.numel()
             nn.utils.clip_grad_norm_(list(parameters), clip)
+            turned = [each.grad for each in projected if each.grad is not None]
+            info = replace(info, norm_clipped=float(nn.utils.get_total_norm(turned)))
     optimizer.step()
     optimizer.zero_grad()
     return info
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegratorSettings(ClientSettings):
+    """Those of every :class:`IntegratorClient`."""
+
+    margin: float = MARGIN
+    """Lower bound of the dual variables."""
+    eps: float = EPS
+    """ε of the quadratic programme."""
+    eps_relative: bool = False
+    """ε as a share of the mean squared length of the columns."""
+    clip: float = CLIP
+    """Largest norm of a gradient that the programme changed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, margin=0, eps=0, clip=0)
+
+
+class IntegratorClient(ContinualClient):
+    """One whose steps harm no column, and which counts what became of them."""
+
+    last: Integration | None = None
+    """What became of the last step's gradient; None without an earlier task."""
+
+    def _begin(self, weights: Mapping[str, Tensor]) -> None:
+        self._solved = self._fallen = 0
+
+    def _integrate(
+        self,
+        optimizer: Optimizer,
+        loss: Tensor,
+        columns: Tensor | None,
+        parameters: Sequence[nn.Parameter],
+        projected: Sequence[nn.Parameter],
+    ) -> None:
+        """:func:`integrated_step` with the settings' constants."""
+        chosen = self.settings
+        constants = chosen.margin, chosen.eps, chosen.eps_relative, chosen.clip
+        self.last = integrated_step(optimizer, loss, columns, parameters, projected, *constants)
+        if self.last is not None:
+            self._solved += self.last.solved
+            self._fallen += self.last.fallen_back
+
+    def _counts(self) -> dict[str, float]:
+        return {"qp_steps": float(self._solved), "qp_fallen_back": float(self._fallen)}
 
 
 # ------------------------------------------------------------------------------------------------------ the baselines
@@ -449,12 +497,15 @@ class EWCClient(ContinualClient):
         self.pull: Weights = {}
         self.local: Weights = {}
 
+    def _begin(self, weights: Mapping[str, Tensor]) -> None:
+        self._known = {name: (f.to(self.device), self.pull[name].to(self.device)) for name, f in self.fisher.items()}
+
     def _penalty(self, x: Tensor, logits: Tensor) -> Tensor | None:
-        if not self.fisher:
+        if not self._known:
             return None
         now = trained_parameters(self.model)
         # up to a constant that no gradient sees
-        parts = [(f * now[name].square() - 2 * self.pull[name] * now[name]).sum() for name, f in self.fisher.items()]
+        parts = [(f * now[name].square() - 2 * pull * now[name]).sum() for name, (f, pull) in self._known.items()]
         return self.settings.penalty / 2 * torch.stack(parts).sum()
 
     def train_round(self, weights: Mapping[str, Tensor], round: int) -> Update:
@@ -472,13 +523,13 @@ class EWCClient(ContinualClient):
         squares = [torch.zeros_like(each) for each in parameters]
         for index in range(len(self._data)):
             x, y = default_collate(items_of(self._data, [index]))
-            loss = self._loss(block_logits(self.model(x), self.classes), y)
+            loss = self._loss(self.model(x.to(self.device)), y.to(self.device))
             for square, slope in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if slope is not None:
                     square += slope.square()
         for name, parameter, square in zip(names, parameters, squares, strict=True):
-            fisher = square / len(self._data)
-            pull = fisher * parameter.detach()
+            fisher = (square / len(self._data)).cpu()
+            pull = fisher * parameter.detach().cpu()
             self.fisher[name] = self.fisher[name] + fisher if name in self.fisher else fisher
             self.pull[name] = self.pull[name] + pull if name in self.pull else pull
         self.local = {}
@@ -495,61 +546,33 @@ class EWCClient(ContinualClient):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GEMSettings(ClientSettings):
+class GEMSettings(IntegratorSettings):
     """Those of :class:`GEMClient`."""
 
     memory: int = 20
     """Kept of each task."""
-    margin: float = MARGIN
-    """Lower bound of the dual variables."""
-    eps: float = EPS
-    """ε of the quadratic programme."""
-    eps_relative: bool = False
-    """ε as a share of the mean squared length of the columns."""
-    clip: float = CLIP
-    """Largest norm of a gradient that the programme changed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, memory=1, margin=0, eps=0, clip=0)
+        _at_least(self, memory=1)
 
 
-class GEMClient(ContinualClient):
+class GEMClient(IntegratorClient):
     """Keeps a few samples of each task, whose gradients no step may harm (Lopez-Paz and Ranzato 2017)."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self._solved = 0
-
-    def _begin(self, weights: Mapping[str, Tensor]) -> None:
-        self._solved = 0
 
     def _step(self, optimizer: Optimizer, x: Tensor, y: Tensor, epoch: int, number: int) -> float:
         parameters = list(trained_parameters(self.model).values())
         columns = []
         for t, (old_x, old_y) in sorted(self.memory.items()):
-            block = self.blocks[t]
-            old = cross_entropy(block_logits(self.model(old_x), block), old_y - block.start)
+            old = block_loss(self.model(old_x.to(self.device)), old_y.to(self.device), self.blocks[t])
             columns.append(flat_gradient(old, parameters))
-        loss = self._loss(block_logits(self.model(x), self.classes), y)
-        chosen = self.settings
-        info = integrated_step(
-            optimizer,
-            loss,
-            torch.stack(columns, 1) if columns else None,
-            parameters,
-            parameters,
-            chosen.margin,
-            chosen.eps,
-            chosen.eps_relative,
-            chosen.clip,
-        )
-        self._solved += info is not None and info.solved
+        loss = self._loss(self.model(x), y)
+        self._integrate(optimizer, loss, torch.stack(columns, 1) if columns else None, parameters, parameters)
         return float(loss.detach())
-
-    def _counts(self) -> dict[str, float]:
-        return {"qp_steps": float(self._solved)}
 
     def _keep(self, t: int) -> None:
         chosen = torch.randperm(len(self._data))[: self.settings.memory].tolist()
@@ -605,21 +628,13 @@ class LwFClient(FedAvgClient):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedKNOWSettings(ClientSettings):
+class FedKNOWSettings(IntegratorSettings):
     """Those of :class:`FedKNOWClient`."""
 
     rho: float = 0.1
     """Share of the weights that is kept of a task; with "packnet" of those that are free."""
     k: int = 10
     """Earlier tasks whose gradients no step may harm: the most dissimilar ones."""
-    margin: float = MARGIN
-    """Lower bound of the dual variables."""
-    eps: float = EPS
-    """ε of the quadratic programme."""
-    eps_relative: bool = False
-    """ε as a share of the mean squared length of the columns."""
-    clip: float = CLIP
-    """Largest norm of a gradient that the programme changed."""
     temperature: float = TEMPERATURE
     """Of the soft labels."""
     metric: Metric = "wasserstein"
@@ -643,15 +658,7 @@ class FedKNOWSettings(ClientSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("rho", self.rho)
-        _at_least(self, k=1, margin=0, eps=0, clip=0, head_epochs=0, finetune_epochs=0)
-        _one_of(
-            self,
-            metric=tuple(DISTANCES),
-            reference=("last_aggregate", "task_start", "none"),
-            project=("all", "features"),
-            extractor=("magnitude", "packnet"),
-            numbers=tuple(NUMBERS),
-        )
+        _at_least(self, k=1, head_epochs=0, finetune_epochs=0)
         if not self.temperature > 0:
             raise InvalidValue(f"temperature = {self.temperature!r}; more than 0 is expected")
         if self.head_epochs and self.head_epochs >= self.local_epochs:
@@ -660,11 +667,13 @@ class FedKNOWSettings(ClientSettings):
             )
         if self.extractor == "packnet" and self.numbers != "float32":
             raise InvalidValue(f'numbers = {self.numbers!r} is for extractor = "magnitude"')
-        if self.tasks is not None and self.extractor != "packnet":
-            raise InvalidValue(f'tasks = {self.tasks} is for extractor = "packnet"')
+        if self.tasks is not None:
+            _at_least(self, tasks=1)
+            if self.extractor != "packnet":
+                raise InvalidValue(f'tasks = {self.tasks} is for extractor = "packnet"')
 
 
-class FedKNOWClient(ContinualClient):
+class FedKNOWClient(IntegratorClient):
     """Turns every update so that neither earlier tasks nor the aggregated model lose by it (Luopan et al. 2023).
 
     Earlier tasks are known by a few of their weights (:mod:`sparing.federated.knowledge`), which label the current
@@ -673,9 +682,6 @@ class FedKNOWClient(ContinualClient):
     made with, trains beside the first in every round; it is pruned and trained on when the next task begins, since a
     client does not know which of its rounds is the last, and these passes come on top of the local epochs.
     """
-
-    last: Integration | None
-    """What became of the last step's gradient; None without an earlier task."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -687,12 +693,12 @@ class FedKNOWClient(ContinualClient):
         self.packnet = (
             PackNet(copy.deepcopy(self.model), self.settings.rho) if self.settings.extractor == "packnet" else None
         )
-        self.last = None
         self._head = (
             head_names(self.model) if self.settings.project == "features" or self.settings.head_epochs else set()
         )
 
     def _begin(self, weights: Mapping[str, Tensor]) -> None:
+        super()._begin(weights)
         chosen = self.settings
         if chosen.reference == "task_start" and not self.start:
             self.start = _copied(weights)
@@ -704,12 +710,12 @@ class FedKNOWClient(ContinualClient):
                 self._reference.load_state_dict(self.start)
         self._teachers = {t: each.materialize(self.model) for t, each in sorted(self.knowledge.items())}
         self._signature = list(self._teachers)
-        self._solved = self._fallen = 0
 
     def _train(self, weights: Mapping[str, Tensor]) -> tuple[list[float], dict[str, float]]:
         found = super()._train(weights)
         self.local = _copied(self.model.state_dict())
         if self.packnet is not None:
+            self.packnet.model.to(self.device)
             self.packnet.train(_Passes(self.batches), self.classes, self.settings.local_epochs, self.optimizer)
         self._teachers, self._reference = {}, None
         return found
@@ -722,22 +728,9 @@ class FedKNOWClient(ContinualClient):
         learning = below if chosen.head_epochs else everything
         projected = below if chosen.project == "features" or chosen.head_epochs else everything
         logits = self.model(x)
-        loss = self._loss(block_logits(logits, self.classes), y)
+        loss = self._loss(logits, y)
         columns = self._columns(x, logits, loss, list(projected.values()), choose=number == 0)
-        self.last = integrated_step(
-            optimizer,
-            loss,
-            columns,
-            list(learning.values()),
-            list(projected.values()),
-            chosen.margin,
-            chosen.eps,
-            chosen.eps_relative,
-            chosen.clip,
-        )
-        if self.last is not None:
-            self._solved += self.last.solved
-            self._fallen += self.last.fallen_back
+        self._integrate(optimizer, loss, columns, list(learning.values()), list(projected.values()))
         return float(loss.detach())
 
     def _columns(
@@ -771,25 +764,18 @@ class FedKNOWClient(ContinualClient):
             integrated_step(
                 optimizer, distillation_loss(block_logits(self.model(x), self.earlier), taught, 1.0), None, head, head
             )
-        loss = self._loss(block_logits(self.model(x), self.classes), y)
+        loss = self._loss(self.model(x), y)
         integrated_step(optimizer, loss, None, head, head)
         return float(loss.detach())
 
     def _counts(self) -> dict[str, float]:
-        return {
-            "qp_steps": float(self._solved),
-            "qp_fallen_back": float(self._fallen),
-            "knowledge_bytes": float(self.knowledge_bytes),
-        }
+        return super()._counts() | {"knowledge_bytes": float(self.knowledge_bytes)}
 
     @property
     def knowledge_bytes(self) -> int:
         """What is kept of all tasks: their knowledge, or the second network with its masks, a bit for each weight and
         task."""
-        if self.packnet is None:
-            return sum(each.nbytes for each in self.knowledge.values())
-        bits = sum(mask.numel() for masks in self.packnet.masks for mask in masks.values())
-        return sum(t.nbytes for t in self.packnet.model.state_dict().values()) + -(-bits // 8)
+        return sum(each.nbytes for each in self.knowledge.values()) if self.packnet is None else self.packnet.nbytes
 
     def _keep(self, t: int) -> None:
         chosen, passes = self.settings, self.settings.finetune_epochs
@@ -815,10 +801,10 @@ class FedKNOWClient(ContinualClient):
         """With the knowledge of earlier tasks, sparse."""
         found = super().state() | _prefixed("local", self.local) | _prefixed("start", self.start)
         if self.packnet is not None:
-            found |= _prefixed("packnet/weights", self.packnet.model.state_dict())
+            found |= _prefixed("packnet/weights", _copied(self.packnet.model.state_dict()))
             found["packnet/tasks"] = torch.tensor(list(self.knowledge), dtype=torch.int64)
             for number, masks in enumerate(self.packnet.masks):
-                found |= _prefixed(f"packnet/masks/{number}", masks)
+                found |= {f"packnet/masks/{number}/{name}": packed(mask) for name, mask in masks.items()}
             return found
         for t, each in self.knowledge.items():
             found |= _prefixed(f"knowledge/{t}", each.to_records())
@@ -832,7 +818,11 @@ class FedKNOWClient(ContinualClient):
         if self.packnet is not None:
             self.packnet.model.load_state_dict(_under("packnet/weights", state))
             tasks = state["packnet/tasks"].tolist()
-            self.packnet.masks = [_under(f"packnet/masks/{number}", state) for number in range(len(tasks))]
+            shapes = {name: each.shape for name, each in self.packnet.owned.items()}
+            self.packnet.masks = [
+                {name: unpacked(state[f"packnet/masks/{number}/{name}"], shape) for name, shape in shapes.items()}
+                for number in range(len(tasks))
+            ]
             self._from_packnet(tasks)
             return
         kept = _under("knowledge", state)

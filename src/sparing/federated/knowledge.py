@@ -11,17 +11,20 @@ loop of your own::
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparing.core.errors import InvalidValue
-from sparing.federated.projection import block_logits
+from sparing.core.errors import InvalidValue, shown
+from sparing.federated.projection import block_loss
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,14 +32,44 @@ if TYPE_CHECKING:
 MakeOptimizer = Callable[[nn.Module], "Optimizer"]
 """model → a new optimizer of its trained parameters."""
 Batches = Iterable[tuple[Tensor, Tensor]]
-"""The samples of a task in batches (inputs, class ids of the whole head); gone through again for each epoch."""
+"""The samples of a task in batches (inputs, class ids of the whole head or probabilities over it); gone through again
+for each epoch."""
 NUMBERS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+def check_types(settings: Any) -> None:
+    """Fields of a dataclass must be what they are annotated as: a whole number, a finite one, a truth value or a word.
+
+    An integer is a number, too; fields of other types are not looked at.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if value is None and NoneType in kinds:
+            continue
+        if get_origin(kinds[0]) is Literal:
+            fits, expected = value in get_args(kinds[0]), f"one of {', '.join(map(str, get_args(kinds[0])))}"
+        elif kinds[0] is bool:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif kinds[0] is int:
+            fits, expected = isinstance(value, Integral) and not isinstance(value, bool), "a whole number"
+        elif kinds[0] is float:
+            fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+            expected = "a finite number"
+        else:
+            continue
+        if not fits:
+            raise InvalidValue(f"{name} = {shown(value)}; {expected} is expected")
 
 
 def check_share(name: str, share: float) -> None:
     """A share of weights must be above 0 and at most 1."""
     if not 0 < share <= 1:
         raise InvalidValue(f"{name} = {share!r}; above 0 and at most 1 is expected")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its parameters are; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def prunable(model: nn.Module) -> list[str]:
@@ -82,14 +115,14 @@ class TaskKnowledge:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], task: int, classes: range) -> TaskKnowledge:
-        """What ``masks`` (bool, of the tensors that are cut) leave of a state dict; everything else whole."""
-        places = {name: mask.flatten().nonzero()[:, 0] for name, mask in masks.items()}
+        """What ``masks`` (bool, of the tensors that are cut) leave of a state dict, on the CPU; the rest whole."""
+        places = {name: mask.cpu().flatten().nonzero()[:, 0] for name, mask in masks.items()}
         return cls(
             task,
             classes,
-            {name: state[name].detach().flatten()[at].clone() for name, at in places.items()},
+            {name: state[name].detach().cpu().flatten()[at] for name, at in places.items()},
             {name: at.to(torch.int32) for name, at in places.items()},
-            {name: tensor.detach().clone() for name, tensor in state.items() if name not in masks},
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items() if name not in masks},
         )
 
     def state(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,8 +208,26 @@ class TaskKnowledge:
                     f"{name}: values of shape {tuple(values.shape)} and {at.dtype} indices of {tuple(at.shape)}; as "
                     "many of both in a row, and int32, are expected"
                 )
-        task, start, stop = records["about"].tolist()
-        return cls(task, range(start, stop), **kinds)
+            scale = kinds["scales"].get(name)
+            if (scale is not None) != (values.dtype == torch.int8 and len(values) > 0):
+                raise InvalidValue(
+                    f"{name}: {len(values)} {values.dtype} values with{'out' if scale is None else ''} a scale; int8 "
+                    "values have one, and no others"
+                )
+            if scale is not None and (scale.ndim or not scale.is_floating_point()):
+                raise InvalidValue(f"{name}: {scale.dtype} scale of shape {tuple(scale.shape)}; a number is expected")
+        for name in sorted(kinds["scales"].keys() - kinds["values"].keys()):
+            raise InvalidValue(f"{name}: a scale, and no values")
+        for name in sorted(kinds["whole"].keys() & kinds["values"].keys()):
+            raise InvalidValue(f"{name}: whole, and a few values as well; one of both is expected")
+        about = records["about"]
+        told = about.tolist() if about.shape == (3,) and about.dtype == torch.int64 else None
+        if told is None or not (told[0] >= 0 and 0 <= told[1] < told[2]):
+            raise InvalidValue(
+                f"about = {shown(about.tolist())} ({about.dtype}); the task's number and the start and stop of its "
+                "classes are expected, as int64"
+            )
+        return cls(told[0], range(told[1], told[2]), **kinds)
 
 
 def train_masked(
@@ -189,15 +240,18 @@ def train_masked(
 ) -> None:
     """Train a task's cross-entropy in place where ``masks`` (name → bool) allow it; parameters without one learn whole.
 
-    Entries outside a mask keep their value whatever the optimizer adds to them.
+    Entries outside a mask keep their value whatever the optimizer adds to them. Batches and masks follow the model to
+    its device.
     """
     parameters = dict(model.named_parameters())
+    masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+    device = device_of(model)
     fixed = {name: parameters[name].detach().clone() for name in masks}
     made = optimizer(model)
     for _ in range(epochs):
         for x, y in loader:
             made.zero_grad()
-            nn.functional.cross_entropy(block_logits(model(x), classes), y - classes.start).backward()
+            block_loss(model(x.to(device)), y.to(device), classes).backward()
             for name, mask in masks.items():
                 if (slope := parameters[name].grad) is not None:
                     slope.mul_(mask)
@@ -222,11 +276,10 @@ class KnowledgeExtractor:
     """In which numbers they are kept."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_share("rho", self.rho)
         if self.finetune_epochs < 0:
             raise InvalidValue(f"finetune_epochs = {self.finetune_epochs!r}; 0 or more is expected")
-        if self.numbers not in NUMBERS:
-            raise InvalidValue(f"numbers = {self.numbers!r}; one of {', '.join(NUMBERS)} is expected")
 
     def extract(
         self,
@@ -285,12 +338,28 @@ def packnet_mask(weights: Mapping[str, Tensor], owned: Mapping[str, Tensor], sto
     return {name: (weight.detach().abs().double() >= cutoff) & ~owned[name] for name, weight in weights.items()}
 
 
+def packed(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, eight in a byte (uint8)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of ``shape`` that :func:`packed` made these bits of; :class:`InvalidValue` for other bits."""
+    count = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
+        raise InvalidValue(
+            f"bits of a mask: {bits.dtype} of shape {tuple(bits.shape)}; uint8 of ({-(-count // 8)},) is expected, of "
+            f"a weight of {tuple(shape)}"
+        )
+    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)).reshape(tuple(shape))
+
+
 class PackNet:
     """A second network that holds one task after the other, each in weights of its own.
 
     Every task trains the weights that are free, takes the largest of them, sets the others to zero and trains its own
     on. Biases and norms learn with the first task and stay as they are afterwards; norms then keep their statistics,
-    too.
+    too. Masks are on the CPU, wherever the model is.
 
     Args:
         model: the network, trained in place.
@@ -305,7 +374,13 @@ class PackNet:
         self.names = prunable(model)
         if not self.names:
             raise InvalidValue("the model has no parameter of two dimensions or more")
-        self._nothing = {name: torch.zeros_like(parameters[name], dtype=torch.bool) for name in self.names}
+        self._nothing = {name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in self.names}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes: the network, and the masks as bits."""
+        bits = sum(-(-mask.numel() // 8) for masks in self.masks for mask in masks.values())
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values()) + bits
 
     @property
     def owned(self) -> dict[str, Tensor]:
@@ -332,10 +407,10 @@ class PackNet:
         if last:
             taken = {name: ~mask for name, mask in owned.items()}
         else:
-            taken = packnet_mask({name: parameters[name] for name in self.names}, owned, self.store_rate)
+            taken = packnet_mask({name: parameters[name].cpu() for name in self.names}, owned, self.store_rate)
         with torch.no_grad():
             for name in self.names:
-                parameters[name].mul_(taken[name] | owned[name])
+                parameters[name].mul_((taken[name] | owned[name]).to(parameters[name].device))
         self.masks.append(taken)
         return taken
 

@@ -55,6 +55,29 @@ def block_logits(logits: Float[Tensor, "batch classes"], classes: Sequence[int])
     return logits[:, list(classes)]
 
 
+def block_loss(logits: Float[Tensor, "batch classes"], y: Tensor, block: range, where: str = "") -> Float[Tensor, ""]:
+    """Cross-entropy on a task's block of the head.
+
+    Args:
+        logits: of the whole head (B, C).
+        y: class ids of the whole head (B,), or probabilities over it (B, C).
+        block: the task's classes.
+        where: begins the message about labels that do not fit.
+    """
+    asked = block_logits(logits, block)
+    if y.ndim == 2:
+        if y.shape != logits.shape:
+            raise InvalidValue(
+                f"{where}probabilities of shape {tuple(y.shape)}; {tuple(logits.shape)}, of all classes of the head, "
+                "are expected"
+            )
+        return nn.functional.cross_entropy(asked, y[:, block.start : block.stop])
+    outside = (y < block.start) | (y >= block.stop)
+    if outside.any():
+        raise InvalidValue(f"{where}class {int(y[outside][0])} in the data of a task of {block!r}")
+    return nn.functional.cross_entropy(asked, y - block.start)
+
+
 def flat_gradient(loss: Tensor, parameters: list[nn.Parameter], retain_graph: bool = False) -> Float[Tensor, "p"]:
     """The gradient of a scalar by all of ``parameters`` as one vector (p,), zeros where the loss does not reach."""
     slopes = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
@@ -115,6 +138,8 @@ class Integration:
     """‖g‖."""
     norm_after: float
     """‖g'‖, before any clipping."""
+    norm_clipped: float
+    """‖g'‖ after the clip of all gradients together; as before where none was clipped."""
 
 
 def _products(
@@ -229,10 +254,10 @@ def integrate_gradients(
     if v is None:
         lost = violated or not whole
         told = dots.numpy()
-        return gradient, Integration(violated, False, lost, None, told, told, before, before)
+        return gradient, Integration(violated, False, lost, None, told, told, before, before, before)
     moved = _moved(gradient, memories, v)
-    after = dots.numpy() + gram.numpy() @ v
-    return moved, Integration(violated, True, False, v, dots.numpy(), after, before, float(moved.norm()))
+    dots_after, after = dots.numpy() + gram.numpy() @ v, float(moved.norm())
+    return moved, Integration(violated, True, False, v, dots.numpy(), dots_after, before, after, after)
 
 
 def _wasserstein(one: np.ndarray, other: np.ndarray) -> float:
