@@ -13,7 +13,6 @@ task. What lives from round to round is in ``state``, tensors by name; nothing e
 from __future__ import annotations
 
 import copy
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -26,7 +25,6 @@ from torch.utils.data import default_collate
 
 from sparing.core.collation import batches_of, items_of
 from sparing.core.errors import InvalidValue, did_you_mean
-from sparing.core.probe import peak_mib
 from sparing.core.randomness import isolated_rng
 from sparing.federated.knowledge import (
     KnowledgeExtractor,
@@ -69,7 +67,7 @@ class Update:
     examples: int
     """Its weight in the average: samples trained on."""
     metrics: dict[str, float]
-    """Numbers about the round: train_loss, steps, seconds, cpu_s, peak_bytes, and what the method counts."""
+    """Numbers about the round: train_loss, steps, and what the method counts."""
 
 
 def _at_least(settings: Any, **lowest: float) -> None:
@@ -112,7 +110,7 @@ class ContinualClient(ABC):
     task: int | None
     """The task it is in; None before the first and once one has ended."""
     blocks: dict[int, range]
-    """Task → its classes, of the tasks met so far."""
+    """Task → its classes, of the tasks met so far and of those that only others have met."""
 
     def __init__(
         self,
@@ -155,17 +153,9 @@ class ContinualClient(ABC):
         """
         self._in_task()
         check_weights(weights, self.model.state_dict())
-        start, cpu = time.perf_counter(), time.process_time()
         with isolated_rng(self.seed, "client", self.client, "round", round):
             losses, counts = self._train(weights)
-        metrics = {
-            "train_loss": sum(losses) / max(1, len(losses)),
-            "steps": float(len(losses)),
-            **counts,
-            "seconds": time.perf_counter() - start,
-            "cpu_s": time.process_time() - cpu,
-            "peak_bytes": peak_mib() * 2**20,
-        }
+        metrics = {"train_loss": sum(losses) / max(1, len(losses)), "steps": float(len(losses)), **counts}
         return Update(_copied(self.model.state_dict()), len(self._data), metrics)
 
     def end_task(self, t: int) -> None:
@@ -256,7 +246,7 @@ class ContinualClient(ABC):
 
     @property
     def earlier(self) -> list[int]:
-        """Classes of the tasks met before the current one, in ascending order."""
+        """Classes of the other tasks that are known, in ascending order."""
         return sorted(c for t, block in self.blocks.items() if t != self.task for c in block)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
