@@ -3,8 +3,8 @@
 python benchmarks/reliant.py [recidivism] [published] [alphas] [frameworks] [graphakd] [credit] [german]
 
 One processor: "recidivism" and "published" take ten to fifteen minutes each, "alphas" about 25, "frameworks" 40,
-"graphakd" over an hour; "credit" has not been timed. Settings are those of the sheet's prototype, whose seeds were 0, 1 and 2 on the same
-split; the seeds here are others.
+"graphakd" over an hour; "credit" has not been timed. Settings are those of the sheet's prototype, whose seeds were 0, 1
+and 2 on the same split; the seeds here are others.
 """
 
 from __future__ import annotations
@@ -319,8 +319,8 @@ def measure_frameworks(
     name: str = "recidivism",
     ways: Sequence[str] = tuple(FRAMEWORKS),
 ) -> list[Claim]:
-    """Ways to distil, each plain, with the fairness loss and with the proxy; ``epochs`` None: 200 for each, for GraphAKD
-    its own 600."""
+    """Ways to distil, each plain, with the fairness loss and with the proxy; ``epochs`` None: 200, for GraphAKD its own
+    600."""
     steps = {way: FRAMEWORKS[way][2] if epochs is None else epochs for way in ways}
 
     def rows(seed: int) -> Rows:
