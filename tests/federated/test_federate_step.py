@@ -294,8 +294,7 @@ def test_a_fleet_learns_and_says_what_it_sent(tmp_path):
     assert [y for _, y in curves["bytes of a task"]] == [
         curves["bytes sent"][3][1], curves["bytes sent"][7][1] - curves["bytes sent"][3][1]
     ]  # fmt: skip
-    assert [x for x, _ in curves["seconds of a round"]] == list(range(1, 9))
-    assert sum(y for _, y in curves["seconds of a round"]) == pytest.approx(figures["seconds of rounds"])
+    assert figures["seconds of rounds"] / 8 <= figures["seconds of the longest round"] <= figures["seconds of rounds"]
     assert figures["peak memory of a process with clients"] > 0
     assert "QP fall-backs" not in figures
 

@@ -215,14 +215,14 @@ class Federate(Step):
 
         def compute() -> dict[str, Any]:
             result = self.run(job)
-            job.store.once("clocks", lambda: _clocks(result), JSON)
+            job.store.once("timings", lambda: _clocks(result), JSON)
             own = result.local[min(result.local)] if result.local else result.weights
             return {"weights": dict(own), "record": _record(result)}
 
         stored = job.store.once("fleet", compute, All({"weights": TENSORS, "record": JSON}))
         trained = job.fresh_model()
         load_weights(trained, stored["weights"])
-        self.report(job, stored["record"], job.store.once("clocks", dict, JSON))
+        self.report(job, stored["record"], job.store.once("timings", dict, JSON))
         return job.replace(model=trained, predictor=ModulePredictor(trained, job.task), training=TrainingPlan())
 
     def check_job(self, job: Job) -> None:
@@ -326,7 +326,7 @@ class Federate(Step):
             job.record("validation forgetting rate", float(found.forgetting_rate[-1]), "")
             job.record("validation backward transfer", found.backward_transfer, "", better="higher")
         job.record("rounds", len(record["rounds"]), "")
-        for name, (value, unit) in {**record["totals"], **clocks.get("figures", {})}.items():
+        for name, (value, unit) in {**record["totals"], **clocks}.items():
             job.record(name, value, unit)
         for reason, count in record["dropped"].items():
             job.record(f"updates dropped: {reason}", count, "")
@@ -342,9 +342,6 @@ class Federate(Step):
             (float(end), float(sum(each["bytes"] for each in record["rounds"][end - self.rounds_per_task : end])))
             for end in ends
         ]
-        if "rounds" in clocks:
-            seconds = zip(rounds, clocks["rounds"], strict=True)
-            job.notes.curves["seconds of a round"] = [(float(x), float(y)) for x, y in seconds]
         job.notes.curves["train_loss"] = [(float(each["round"] + 1), each["loss"]) for each in record["rounds"]]
         job.notes.remarks.append(
             f"{self.method} on {self.clients} clients, {len(rounds)} rounds over {tasks} task{'s' * (tasks > 1)}"
@@ -479,15 +476,16 @@ def _record(result: FleetResult) -> dict[str, Any]:
 
 
 def _clocks(result: FleetResult) -> dict[str, Any]:
-    """What was read from clocks and from the system, as plain JSON: figures (name → value, unit), rounds' seconds."""
+    """What was read from clocks and from the system, as plain JSON: figure → (value, unit)."""
     told = [found for report in (*result.rounds, result.end) for found in report.metrics.values()]
     clocks = {
         "start of the engine": (result.start_seconds, "s"),
         "seconds of rounds": (sum(report.seconds for report in result.rounds), "s"),
+        "seconds of the longest round": (max(report.seconds for report in result.rounds), "s"),
         "seconds of clients": (result.total("seconds"), "s"),
         "CPU seconds of clients": (result.total("cpu_s"), "s"),
     }
     if peaks := [found["peak_bytes"] for found in told if "peak_bytes" in found]:
         # of the process, with all that it did before; an engine's process is used by one client after the other
         clocks["peak memory of a process with clients"] = (max(peaks) / 2**20, "MiB")
-    return {"figures": clocks, "rounds": [report.seconds for report in result.rounds]}
+    return clocks
