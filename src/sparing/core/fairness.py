@@ -139,7 +139,7 @@ class GroupThresholds:
     """Shares that are tried."""
 
     def fit(
-        self, scores: Float[ndarray, " n"], labels: Integer[ndarray, " n"], sens: Integer[ndarray, " n"]
+        self, scores: Float[ndarray, "..."], labels: Integer[ndarray, "..."], sens: Integer[ndarray, "..."]
     ) -> GroupThresholds:
         """Scores (n,), higher is more positive, labels (n,) and groups (n,), both 0 or 1.
 
@@ -167,7 +167,7 @@ class GroupThresholds:
         self.thresholds_ = np.array(found)
         return self
 
-    def predict(self, scores: Float[ndarray, " n"], sens: Integer[ndarray, " n"]) -> Integer[ndarray, " n"]:
+    def predict(self, scores: Float[ndarray, "..."], sens: Integer[ndarray, "..."]) -> Integer[ndarray, " n"]:
         """Decisions (n,), 0 or 1, for scores (n,) and groups (n,); what :meth:`fit` refuses is refused here, too."""
         if not hasattr(self, "thresholds_"):
             raise InvalidValue("these GroupThresholds are not fitted yet: call fit(scores, labels, sens) first")

@@ -77,7 +77,7 @@ def members(
     sens: Shaped[Tensor, " n"],
     index: Shaped[Tensor, " k"] | None = None,
     *,
-    among: Shaped[Tensor, " n"] | None = None,
+    among: Shaped[Tensor, "..."] | None = None,
     groups: Sequence[Any] | None = None,
 ) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"]]:
     """Numbers of the nodes of the first and of the second group in an index set, (a,) and (b,).
@@ -137,7 +137,7 @@ def parity_gap(
 
 def statistical_parity_loss(
     prob: Float[Tensor, "n c"],
-    sens: Shaped[Tensor, " n"],
+    sens: Shaped[Tensor, "..."],
     index: Shaped[Tensor, " k"] | None = None,
     *,
     step: StepKind = "reference",
@@ -161,8 +161,8 @@ def statistical_parity_loss(
 
 def equal_opportunity_loss(
     prob: Float[Tensor, "n c"],
-    sens: Shaped[Tensor, " n"],
-    labels: Int[Tensor, " n"],
+    sens: Shaped[Tensor, "..."],
+    labels: Int[Tensor, "..."],
     index: Shaped[Tensor, " k"] | None = None,
     *,
     positive: int = 1,
