@@ -153,7 +153,7 @@ def statistical_parity_loss(
         groups: the two values that are compared; None: 0 and 1, and there are no others.
 
     Raises:
-        InvalidValue: as many probabilities as values of the attribute there are not; see also :func:`members`.
+        InvalidValue: lengths that differ; see also :func:`members`.
     """
     _one_each(prob=prob, sens=sens)
     return parity_gap(prob, *members(sens, index, groups=groups), step)
