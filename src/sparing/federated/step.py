@@ -288,14 +288,8 @@ class Federate(Step):
         """
         from sparing.federated.rounds import FleetPlan
 
-        settings = self
-        if self.settings.get("extractor") == "packnet":
-            if (number := self.settings.get("tasks")) not in (None, len(blocks)):
-                raise InvalidValue(
-                    f"{self.id}: settings has tasks = {number}, but there are {len(blocks)}; leave it out"
-                )
-            told = {**self.settings, "tasks": len(blocks)}
-            settings = replace(self, settings=told)  # type: ignore[call-arg]  # pydantic's decorator adds it
+        if (number := self.settings.get("tasks")) not in (None, len(blocks)):
+            raise InvalidValue(f"{self.id}: settings has tasks = {number}, but there are {len(blocks)}; leave it out")
         start = copy.deepcopy(model).cpu()
         return FleetPlan(
             clients=self.clients,
@@ -303,7 +297,7 @@ class Federate(Step):
             rounds_per_task=self.rounds_per_task,
             seed=derive_seed(seed, "federate"),
             weights={name: tensor.detach().clone() for name, tensor in start.state_dict().items()},
-            make_client=partial(make_client, settings, start, training, derive_seed(seed, "client")),
+            make_client=partial(make_client, self, len(blocks), start, training, derive_seed(seed, "client")),
             data_of=Shares(data, self.shares(class_labels(data), blocks, seed) if shares is None else shares),
             fraction=self.fraction,
             weighting=self.weighting,
@@ -368,13 +362,18 @@ class Shares:
         return Subset(self.data, self.rows[task][client].tolist())
 
 
-def make_client(settings: Federate, model: nn.Module, plan: TrainingPlan, seed: int, number: int) -> ContinualClient:
+def make_client(
+    settings: Federate, tasks: int, model: nn.Module, plan: TrainingPlan, seed: int, number: int
+) -> ContinualClient:
     """One client with a model of its own, on the GPU if its process sees one, and what it takes of the plan."""
     from sparing.federated.clients import METHODS
 
+    own = settings.method_settings(number)
+    if getattr(own, "extractor", "") == "packnet":  # whose last task takes all weights that are free
+        own = replace(own, tasks=tasks)
     return METHODS[settings.method][0](
         copy.deepcopy(model).to(device_named(AUTO)),
-        settings.method_settings(number),
+        own,
         seed,
         number,
         partial(client_optimizer, settings, plan),
