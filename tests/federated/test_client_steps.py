@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sparing.core.randomness import isolated_rng
-from sparing.federated.clients import METHODS, ContinualClient, FedKNOWClient, method_settings
+from sparing.federated.clients import METHODS, FedKNOWClient, method_settings
 from sparing.federated.knowledge import TaskKnowledge
 from sparing.federated.projection import project_gradient, select_signature_tasks
 
@@ -27,7 +27,7 @@ def net(seed: int, drop: float = 0.0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Dropout(drop), nn.Linear(5, 8))
 
 
-def client(method: str, drop: float = 0.0, **fields: Any) -> ContinualClient:
+def client(method: str, drop: float = 0.0, **fields: Any) -> Any:
     """In the fourth task, having met the others without a round of them."""
     settings = method_settings(method, **{"local_epochs": 2, "batch_size": 12} | fields)
     made = METHODS[method][0](net(0, drop), settings, optimizer=lambda model: torch.optim.SGD(model.parameters(), RATE))
@@ -79,8 +79,7 @@ TEACHERS = {t: net(10 + t) for t in range(3)}
 
 
 def knowing(drop: float = 0.0, **fields: Any) -> FedKNOWClient:
-    made = client("fedknow", drop, **fields)
-    assert isinstance(made, FedKNOWClient)
+    made: FedKNOWClient = client("fedknow", drop, **fields)
     made.knowledge = {t: TaskKnowledge.of(each.state_dict(), {}, t, BLOCKS[t]) for t, each in TEACHERS.items()}
     return made
 
@@ -169,7 +168,7 @@ def test_a_programme_that_cannot_be_solved_is_counted_and_leaves_plain_descent(m
         broken = {name: tensor * float("nan") for name, tensor in net(1).state_dict().items()}
         made.knowledge = {0: TaskKnowledge.of(broken, {}, 0, BLOCKS[0])}
     else:
-        made.memory = {0: (X * float("nan"), Y - 6)}  # type: ignore[attr-defined]
+        made.memory = {0: (X * float("nan"), Y - 6)}
     update = made.train_round(net(1).state_dict(), 0)
     assert (update.metrics["qp_steps"], update.metrics["qp_fallen_back"]) == (0, 2)
     expected = plain.train_round(net(1).state_dict(), 0).weights
@@ -205,8 +204,8 @@ def test_ewc_pulls_by_lambda_times_the_information_times_the_distance():
     for seed in (20, 21):
         state = net(seed).state_dict()
         known.append(({name: torch.rand(t.shape, generator=draws) for name, t in state.items()}, state))
-    made.fisher = {name: sum(f[name] for f, _ in known) for name in known[0][0]}  # type: ignore[attr-defined]
-    made.pull = {name: sum(f[name] * w[name] for f, w in known) for name in known[0][0]}  # type: ignore[attr-defined]
+    made.fisher = {name: sum(f[name] for f, _ in known) for name in known[0][0]}
+    made.pull = {name: sum(f[name] * w[name] for f, w in known) for name in known[0][0]}
 
     def step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> Tensor:
         now = vector(model.state_dict())
@@ -219,11 +218,11 @@ def test_ewc_pulls_by_lambda_times_the_information_times_the_distance():
 def test_gem_turns_by_the_gradients_of_its_samples(fields: dict[str, Any]):
     made, draws = client("gem", **fields), torch.Generator().manual_seed(2)
     labels = {t: torch.randint(2 * t, 2 * t + 2, (5,), generator=draws) for t in range(3)}
-    made.memory = {t: (torch.randn(5, 4, generator=draws), y) for t, y in labels.items()}  # type: ignore[attr-defined]
+    made.memory = {t: (torch.randn(5, 4, generator=draws), y) for t, y in labels.items()}
     chosen, turned = made.settings, []
 
     def step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, y: Tensor) -> Tensor:
-        kept = made.memory.items()  # type: ignore[attr-defined]
+        kept = made.memory.items()
         memories = torch.stack([flat(entropy(model(a), b, BLOCKS[t]), parameters) for t, (a, b) in kept], 1)
         own = flat(entropy(model(x), y), parameters)
         turned.append(bool((memories.T @ own < 0).any()))
